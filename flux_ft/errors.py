@@ -1,0 +1,63 @@
+"""What can go wrong, said so that the user can mend it.
+
+    FluxFTError                exit code 1: the run failed
+    ├── InputError             exit code 2: something given to us is wrong
+    │   ├── ConfigError            the run file or an override
+    │   ├── DataError              the pictures or captions
+    │   ├── ModelError             a model name, folder or checkpoint
+    │   └── AdapterError           a LoRA file
+    ├── NonFiniteError         loss or gradient is not a number; the update was not made
+    ├── StorageError           the disk is full or cannot be written
+    └── StoppedByUser          exit code 130: interrupted, everything reported as saved is saved
+
+A message says what is wrong and where; the hint says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class FluxFTError(Exception):
+    """Any failure that is told to the user in one message, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(FluxFTError):
+    """Something given to us is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """The run file or an override is wrong."""
+
+
+class DataError(InputError):
+    """The pictures or captions are wrong."""
+
+
+class ModelError(InputError):
+    """A model name, folder or checkpoint is wrong."""
+
+
+class AdapterError(InputError):
+    """A LoRA file is wrong, or does not fit the model."""
+
+
+class NonFiniteError(FluxFTError):
+    """Loss or gradient is not a number; the update was not made."""
+
+
+class StorageError(FluxFTError):
+    """The disk is full or cannot be written."""
+
+
+class StoppedByUser(FluxFTError):
+    """Interrupted; everything reported as saved is saved."""
+
+    exit_code = 130

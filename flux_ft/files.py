@@ -1,0 +1,40 @@
+"""Files are written whole or not at all: another name, fsync, rename. Loads without torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from flux_ft.errors import StorageError
+
+
+def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int | None = None) -> None:
+    """Write `data` (one piece or several) to `path` and make its folder. On failure `path` is as it was.
+
+    `mode` sets the file's permissions; None leaves them to the user's umask.
+
+    Raises StorageError.
+    """
+    chunks = [data] if isinstance(data, bytes) else data
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own per writer: two processes may write the same file at once.
+        staging = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        try:
+            with staging.open("xb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            if mode is not None:
+                staging.chmod(mode)
+            staging.replace(path)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write `{path}`: {error.strerror or error}", hint="free space there, or choose another folder"
+        ) from error

@@ -1,0 +1,97 @@
+"""Words for people go to stderr; data goes to stdout; one JSON line a step goes to metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One line for people."""
+    console.print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """One warning for people."""
+    console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Bar]:
+    """A bar with rate and ETA on a terminal; about twenty plain lines elsewhere."""
+    bar = Bar(title, total)
+    with bar:
+        yield bar
+
+
+class Bar:
+    """Counts towards `total`; `advance(n, note)` moves it and shows a short note beside it."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self._skipped = 0
+        self._rich: Progress | None = None
+        if console.is_terminal:
+            self._rich = Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                console=console,
+            )  # fmt: skip
+            self._task = self._rich.add_task(title, total=total, note="")
+
+    def __enter__(self) -> Bar:
+        self._started = time.monotonic()
+        if self._rich:
+            self._rich.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rich:
+            self._rich.stop()
+
+    def skip(self, count: int) -> None:
+        """Count `count` as done before the start, so that rate and ETA speak of what is left."""
+        self.done, self._skipped = count, count
+        if self._rich:
+            self._rich.update(self._task, completed=count)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        before, self.done = self.done, self.done + count
+        if self._rich:
+            self._rich.update(self._task, advance=count, note=note)
+            return
+        every = max(1, self.total // 20)
+        if self.done == self.total or before // every != self.done // every:
+            rate = (self.done - self._skipped) / max(1e-9, time.monotonic() - self._started)
+            eta = (self.total - self.done) / rate
+            say(f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  ETA {eta:.0f} s  {note}".rstrip())
+
+
+class MetricsFile:
+    """Appends one JSON object a line; after a resume, lines past `step` are dropped first so none is told twice."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
+        path.write_text("".join(kept))
+        self._file: IO[str] = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> Iterable[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
