@@ -1,0 +1,1 @@
+"""Model families: everything that knows how one kind of FLUX is built."""

@@ -1,0 +1,87 @@
+"""The family seam: what the loop and the runner may ask of a model, and the table of the models we know.
+
+Behind it stay packing, position ids, text encoders, guidance embeddings and the latents' shift and scale. In front of
+it there are latents_BCHW (always normalised), sigma in [0, 1] and a velocity. This file loads without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from flux_ft.types import TextCond
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One set of published weights and what follows from it."""
+
+    name: str
+    family: str
+    source: str
+    """Hub id, or "builtin:…" for weights inside the package."""
+    pixel_multiple: int
+    """Both sides of a picture are multiples of this many pixels."""
+    latent_channels: int
+    max_pixels: int
+    """Largest picture area that is trained on."""
+    sample_size_px: int
+    """Default side of a generated picture."""
+    max_text_tokens: int
+    default_steps: int
+    default_guidance: float
+    guidance_embedded: bool = True
+    distilled: bool = False
+    """Step-distilled bases lose their speed-up when trained, so they are refused unless the user says so."""
+    license: str = ""
+    architecture: str = ""
+    """ModelSpec architecture of a LoRA for it."""
+    summary: str = ""
+
+
+class Family(Protocol):
+    """One kind of model. Stateless but for its variant and where the weights are."""
+
+    @property
+    def variant(self) -> Variant: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def load_text(self, device: torch.device, dtype: torch.dtype) -> Any:
+        """Tokenizers and encoders; drop the returned object to free them."""
+        ...
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
+
+    def encode_text(self, stack: Any, captions: list[str]) -> TextCond: ...
+
+    def encode_image(self, vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to normalised latents_BCHW."""
+        ...
+
+    def decode_latents(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents to pixels_B3HW in [-1, 1]."""
+        ...
+
+    def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a picture of this size."""
+        ...
+
+    def shift_mu(self, latent_height: int, latent_width: int) -> float:
+        """The family's own resolution-dependent sigma shift."""
+        ...
+
+    def predict_velocity(
+        self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
+    ) -> Tensor: ...
+
+    def lora_targets(self, denoiser: nn.Module) -> list[str]:
+        """Module paths of the linears inside the blocks, in a fixed order."""
+        ...

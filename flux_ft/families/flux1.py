@@ -1,0 +1,220 @@
+"""FLUX.1 (dev, Krea, schnell) and flux-tiny, which is the same classes at toy size.
+
+Shapes in names: B batch, C latent channels, H W latent grid, N packed tokens, L text tokens, D width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from flux_ft import flow
+from flux_ft.errors import ModelError
+from flux_ft.families import layout
+from flux_ft.families.base import Variant
+from flux_ft.types import TextCond
+
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class TextStack:
+    """FLUX.1's two text encoders with their tokenizers."""
+
+    clip_tokenizer: Any
+    clip: nn.Module
+    t5_tokenizer: Any
+    t5: nn.Module
+
+
+@dataclass(frozen=True)
+class Flux1:
+    """A FLUX.1 model: `source` is a diffusers folder, a Hub id, or a transformer in one file of the original layout.
+
+    With a single file, tokenizers, encoders and autoencoder come from `parts`, a folder or a Hub id.
+    """
+
+    variant: Variant
+    source: str
+    parts: str
+
+    def load_text(self, device: torch.device, dtype: torch.dtype) -> TextStack:
+        """Both encoders, in evaluation mode. Raises ModelError when a part is missing."""
+        return TextStack(
+            clip_tokenizer=_load(CLIPTokenizer, self.parts, "tokenizer"),
+            clip=_load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype).to(device).eval(),
+            t5_tokenizer=_load(T5TokenizerFast, self.parts, "tokenizer_2"),
+            t5=_load(T5EncoderModel, self.parts, "text_encoder_2", dtype=dtype).to(device).eval(),
+        )
+
+    def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The autoencoder, in evaluation mode, frozen."""
+        vae = _load(AutoencoderKL, self.parts, "vae", dtype=dtype)
+        return cast(nn.Module, vae.to(device).eval().requires_grad_(False))
+
+    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The transformer, frozen. Raises ModelError when the checkpoint is not FLUX.1's or does not fit."""
+        if self.source.endswith(".safetensors"):
+            denoiser = _transformer_from_file(Path(self.source), self.parts, dtype)
+        else:
+            denoiser = _load(FluxTransformer2DModel, self.source, "transformer", dtype=dtype)
+        return denoiser.to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode_text(self, stack: TextStack, captions: list[str]) -> TextCond:
+        """T5's states (B, L, D), L = the variant's text length, and CLIP's pooled vector (B, P).
+
+        Like the diffusers pipeline, padding is attended to: FLUX.1 was trained so.
+        """
+        device = next(stack.clip.parameters()).device
+        clip_ids = stack.clip_tokenizer(
+            captions, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        t5_ids = stack.t5_tokenizer(
+            captions, padding="max_length", max_length=self.variant.max_text_tokens, truncation=True,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+        return TextCond(
+            embeds_BLD=stack.t5(t5_ids.to(device)).last_hidden_state,
+            pooled_BP=stack.clip(clip_ids.to(device)).pooler_output,
+        )
+
+    @torch.no_grad()
+    def encode_image(self, vae: Any, pixels_B3HW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] to normalised latents_BCHW (the posterior's mean)."""
+        weight = next(vae.parameters())
+        latents = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist.mode()
+        return cast(Tensor, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def decode_latents(self, vae: Any, latents_BCHW: Tensor) -> Tensor:
+        """Normalised latents to pixels_B3HW, float32 in [-1, 1]."""
+        weight = next(vae.parameters())
+        raw = latents_BCHW / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = vae.decode(raw.to(weight.device, weight.dtype), return_dict=False)[0]
+        return cast(Tensor, pixels.float().clamp(-1, 1))
+
+    def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a picture of this size; the grid packs 2×2 latents into a token."""
+        scale = self.variant.pixel_multiple // 2
+        return self.variant.latent_channels, height_px // scale, width_px // scale
+
+    def shift_mu(self, latent_height: int, latent_width: int) -> float:
+        """The sigma shift of inference at this size. schnell was trained without one."""
+        return 0.0 if self.variant.distilled else flow.resolution_mu(latent_height * latent_width // 4)
+
+    def predict_velocity(
+        self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
+    ) -> Tensor:
+        """One pass of the transformer: velocity_BCHW at `sigma_B` in [0, 1], in z's dtype."""
+        batch, _, height, width = z_BCHW.shape
+        velocity_BND = denoiser(
+            hidden_states=pack(z_BCHW),
+            timestep=sigma_B.to(z_BCHW.dtype),
+            guidance=torch.full((batch,), guidance, device=z_BCHW.device) if self.variant.guidance_embedded else None,
+            pooled_projections=text.pooled_BP,
+            encoder_hidden_states=text.embeds_BLD,
+            txt_ids=torch.zeros(text.embeds_BLD.shape[1], 3, device=z_BCHW.device),
+            img_ids=position_ids(height // 2, width // 2, z_BCHW.device),
+            return_dict=False,
+        )[0]
+        return unpack(velocity_BND, height, width)
+
+    def lora_targets(self, denoiser: nn.Module) -> list[str]:
+        """Every linear inside a block, by module path, in the model's own order."""
+        return [
+            name
+            for name, module in denoiser.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+        ]
+
+
+def pack(latents_BCHW: Tensor) -> Tensor:
+    """Each 2×2 patch of latents becomes one token (B, N = H·W/4, 4·C), channels outermost."""
+    batch, channels, height, width = latents_BCHW.shape
+    patches = latents_BCHW.view(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `pack` for a latent grid of `height` × `width`."""
+    batch, _, dim = tokens_BND.shape
+    patches = tokens_BND.view(batch, height // 2, width // 2, dim // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, dim // 4, height, width)
+
+
+def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows·columns, 3): an unused axis, the row and the column of each token."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).to(device, torch.float32)
+
+
+def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
+    options: dict[str, Any] = {}
+    if dtype is not None:
+        # diffusers and transformers name the same option differently.
+        options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = dtype
+    try:
+        return cls.from_pretrained(source, subfolder=subfolder, **options)
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(source).is_dir():
+            raise ModelError(
+                f"{source}: `{subfolder}` could not be loaded: {first_line}",
+                hint="the folder must be a whole FLUX.1 model in the diffusers layout, as `huggingface-cli download` "
+                "writes it",
+            ) from error
+        raise ModelError(
+            f"{source}: `{subfolder}` could not be fetched from the Hub: {first_line}",
+            hint=f"accept the licence at https://huggingface.co/{source}, run `hf auth login`, and try again; "
+            "or download the folder and give its path as `model`",
+        ) from error
+
+
+def _transformer_from_file(path: Path, parts: str, dtype: torch.dtype) -> nn.Module:
+    """Build the transformer that `parts` describes and fill it from one file, exactly or not at all."""
+    tensors = read_single_file(path)
+    config = dict(FluxTransformer2DModel.load_config(parts, subfolder="transformer"))
+    config["guidance_embeds"] = any("guidance_embedder" in key for key in tensors)
+    with torch.device("meta"):
+        denoiser = FluxTransformer2DModel.from_config(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != found:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ModelError(
+            f"{path}: does not fit {parts}: {len(odd)} tensors are missing, extra or of another shape; first: "
+            f"{odd[0]} is {found.get(odd[0], 'missing')}, expected {wanted.get(odd[0], 'no such tensor')}",
+            hint="give as `model_parts` the folder or Hub id of the model that this checkpoint was made from",
+        )
+    denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return cast(nn.Module, denoiser)
+
+
+def read_single_file(path: Path) -> dict[str, Tensor]:
+    """A transformer's weights from one safetensors file, in diffusers' names. Raises ModelError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {error}", hint="download it again") from error
+    if not layout.is_original(tensors):
+        if any(key.startswith("transformer_blocks.0.attn.to_q") for key in tensors):
+            return tensors
+        raise ModelError(
+            f"{path}: no FLUX.1 transformer inside; its first tensor is {min(tensors, default='nothing')}",
+            hint="expected a transformer in the original layout (double_blocks…, single_blocks…) or in diffusers'",
+        )
+    if any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):
+        raise ModelError(f"{path}: holds 8-bit weights", hint="train from the bf16 or fp16 file of the same model")
+    try:
+        return layout.to_diffusers(tensors)
+    except KeyError as error:
+        raise ModelError(f"{path}: has a tensor that FLUX.1 does not: {error}") from error

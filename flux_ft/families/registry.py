@@ -1,0 +1,170 @@
+"""Which models we know, and how a `model:` in a run file becomes a family. Loads without torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flux_ft.errors import ModelError
+from flux_ft.families.base import Variant
+
+if TYPE_CHECKING:
+    from flux_ft.families.base import Family
+
+TINY_FOLDER = Path(__file__).parent / "tiny" / "weights"
+
+FLUX1_DEV = Variant(
+    name="flux1-dev",
+    family="flux1",
+    source="black-forest-labs/FLUX.1-dev",
+    pixel_multiple=16,
+    latent_channels=16,
+    max_pixels=1_048_576,
+    sample_size_px=1024,
+    max_text_tokens=512,
+    default_steps=28,
+    default_guidance=3.5,
+    license="FLUX.1 [dev] Non-Commercial License",
+    architecture="flux-1-dev/lora",
+    summary="12B, guidance-distilled; the base of most FLUX LoRAs",
+)
+FLUX1_KREA = replace(
+    FLUX1_DEV,
+    name="flux1-krea",
+    source="black-forest-labs/FLUX.1-Krea-dev",
+    default_guidance=4.5,
+    summary="12B, as dev, tuned for photographic looks",
+)
+FLUX1_SCHNELL = replace(
+    FLUX1_DEV,
+    name="flux1-schnell",
+    source="black-forest-labs/FLUX.1-schnell",
+    max_text_tokens=256,
+    default_steps=4,
+    default_guidance=0.0,
+    guidance_embedded=False,
+    distilled=True,
+    license="Apache-2.0",
+    architecture="flux-1-schnell/lora",
+    summary="12B, distilled to 4 steps; a poor base to train on",
+)
+FLUX_TINY = replace(
+    FLUX1_DEV,
+    name="flux-tiny",
+    source="builtin:flux-tiny",
+    pixel_multiple=8,
+    latent_channels=8,
+    max_pixels=4096,
+    sample_size_px=64,
+    max_text_tokens=32,
+    default_steps=20,
+    license="Apache-2.0",
+    architecture="flux-tiny/lora",
+    summary="the real FLUX.1 classes at toy size, shipped with flux_ft; needs no GPU",
+)
+VARIANTS = {variant.name: variant for variant in (FLUX_TINY, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL)}
+
+
+def find_variant(model: str) -> tuple[Variant, str]:
+    """The variant of a `model:` entry and where its weights are: a folder, a single file, or a Hub id.
+
+    Raises ModelError, naming the nearest known variant, when `model` is none of these.
+    """
+    if model in VARIANTS:
+        variant = VARIANTS[model]
+        return variant, str(TINY_FOLDER) if variant.source.startswith("builtin:") else variant.source
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _variant_of_folder(path), str(path)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ModelError(f"{model}: no such file", hint="give the path of a FLUX.1 checkpoint")
+        return _variant_of_file(path), str(path)
+    known = [variant for variant in VARIANTS.values() if variant.source == model]
+    if known:
+        return known[0], model
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        # Any other Hub repository is taken to be built as FLUX.1-dev is; loading refuses it if it is not.
+        return replace(FLUX1_DEV, name=model, source=model, license="see the model's page"), model
+    near = difflib.get_close_matches(model, VARIANTS, n=1, cutoff=0.4)
+    raise ModelError(
+        f"`model: {model}` is not a known variant, a folder, a .safetensors file or a Hub id",
+        hint=(f"did you mean `{near[0]}`? " if near else "") + "known variants: " + ", ".join(VARIANTS),
+    )
+
+
+def open_family(model: str, parts: str | None = None) -> Family:
+    """The family that can load `model`; nothing is loaded yet. `parts` as in `Flux1`."""
+    variant, source = find_variant(model)
+    from flux_ft.families.flux1 import Flux1  # torch and diffusers, only now
+
+    if source.endswith(".safetensors"):
+        return Flux1(variant, source, parts or variant.source)
+    return Flux1(variant, source, source)
+
+
+def _variant_of_folder(folder: Path) -> Variant:
+    transformer = _json(folder / "transformer" / "config.json")
+    if transformer.get("_class_name", "FluxTransformer2DModel") != "FluxTransformer2DModel":
+        raise ModelError(
+            f"{folder}: holds a {transformer['_class_name']}, not FLUX.1",
+            hint="known variants: " + ", ".join(VARIANTS),
+        )
+    vae = _json(folder / "vae" / "config.json")
+    guided = bool(transformer.get("guidance_embeds", False))
+    base = FLUX1_DEV if guided else FLUX1_SCHNELL
+    multiple = 2 ** len(vae.get("block_out_channels", (1, 1, 1, 1)))
+    variant = replace(
+        base, name=folder.name, source=str(folder), pixel_multiple=multiple,
+        latent_channels=int(vae.get("latent_channels", 16)), license="see the model's own",
+    )  # fmt: skip
+    if int(transformer.get("num_attention_heads", 24)) * int(transformer.get("attention_head_dim", 128)) == 3072:
+        return variant
+    # A small model of the same classes: sizes come from what it was made for.
+    side = int(vae.get("sample_size", 64))
+    return replace(
+        variant,
+        architecture=FLUX_TINY.architecture,
+        max_pixels=side * side,
+        sample_size_px=side,
+        max_text_tokens=FLUX_TINY.max_text_tokens,
+        default_steps=FLUX_TINY.default_steps,
+    )
+
+
+def _variant_of_file(path: Path) -> Variant:
+    """dev or schnell, told apart by the guidance embedder, from the file's header alone."""
+    keys = safetensors_header(path)
+    guided = any("guidance" in key for key in keys)
+    return replace((FLUX1_DEV if guided else FLUX1_SCHNELL), name=path.stem, license="see the model's own")
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file. Raises ModelError when there is none."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > 100_000_000:
+                raise ValueError(f"its header claims {size:,} bytes")
+            header = json.loads(file.read(size))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a readable safetensors file: {error}", hint="download it again") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: not a safetensors file", hint="download it again")
+    return header
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path}: missing, so {path.parents[1]} is not a FLUX.1 model in the diffusers layout",
+            hint="expected model_index.json, transformer/, vae/, text_encoder/, text_encoder_2/ and the tokenizers",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable: {error}") from error
+    return content if isinstance(content, dict) else {}
