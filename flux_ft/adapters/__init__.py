@@ -1,0 +1,1 @@
+"""LoRA: attaching, files of every flavour."""

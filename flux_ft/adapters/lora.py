@@ -1,0 +1,180 @@
+"""LoRA on a denoiser: attaching by peft, reading off, merging.
+
+Shapes in names: R rank, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from torch import Tensor, nn
+
+from flux_ft import flow
+from flux_ft.errors import AdapterError, ConfigError
+from flux_ft.types import AdapterState, LoraLayer
+
+TRAINED = "trained"
+"""Name of the adapter that training attaches."""
+ATTENTION = r".*\.attn\..*"
+
+
+def choose_targets(linears: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """The module paths to adapt out of `linears`: "blocks" is all, "attention" the attention's, else regexes.
+
+    Raises ConfigError when a regular expression is broken or matches nothing.
+    """
+    if targets == "blocks":
+        return list(linears)
+    patterns = [ATTENTION] if targets == "attention" else list(targets)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            matched = {name for name in linears if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ConfigError(f"`lora.targets`: {pattern!r} is not a regular expression: {error}") from error
+        if not matched:
+            raise ConfigError(
+                f"`lora.targets`: {pattern!r} matches none of the {len(linears)} linears inside the blocks",
+                hint=f"the whole path must match, for example {re.escape(linears[0])!r} or '.*attn.*'",
+            )
+        chosen |= matched
+    return [name for name in linears if name in chosen]
+
+
+def attach_new(
+    denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float, seed: int
+) -> list[nn.Parameter]:
+    """Attach a LoRA that changes nothing yet (up = 0), in float32, and return its parameters.
+
+    Each down matrix is drawn for its own path, so the same module starts alike whatever else is adapted; the bound is
+    peft's own, Kaiming uniform with a = sqrt(5), which is 1 / sqrt(in features).
+    """
+    _inject(denoiser, TRAINED, dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha), dropout)
+    parameters = []
+    for path, layer in _layers(denoiser, TRAINED):
+        down, up = layer.lora_A[TRAINED], layer.lora_B[TRAINED]
+        down.to(torch.float32)
+        up.to(torch.float32)
+        bound = 1 / math.sqrt(down.weight.shape[1])
+        with torch.no_grad():
+            drawn = torch.rand(down.weight.shape, generator=flow.keyed_generator(seed, "lora", path))
+            down.weight.copy_((2 * drawn - 1) * bound)
+            up.weight.zero_()
+        parameters += [down.weight, up.weight]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def attach_states(denoiser: nn.Module, adapters: Sequence[tuple[str, AdapterState, float]]) -> None:
+    """Attach finished LoRAs, each (name, state, strength), all active at once. Raises AdapterError if one misfits."""
+    for name, state, strength in adapters:
+        check_fit(denoiser, state, name)
+        ranks = {path: layer.rank for path, layer in state.layers.items()}
+        alphas = {path: layer.alpha * strength for path, layer in state.layers.items()}
+        _inject(denoiser, name, ranks, alphas, dropout=0.0)
+        for path, layer in _layers(denoiser, name):
+            base = layer.get_base_layer().weight
+            _write(layer.lora_A[name], state.layers[path].down_RI, base)
+            _write(layer.lora_B[name], state.layers[path].up_OR, base)
+    names = [name for name, _, _ in adapters]
+    for module in denoiser.modules():
+        if isinstance(module, PeftLoraLayer):
+            module.set_adapter([name for name in names if name in module.lora_A])
+
+
+def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:
+    """Add strength · ΔW to the weights in place; the sum is taken in float32. Raises AdapterError if it misfits."""
+    check_fit(denoiser, state, name)
+    for path, layer in state.layers.items():
+        weight = cast(nn.Linear, denoiser.get_submodule(path)).weight
+        delta_OI = layer.up_OR.float() @ layer.down_RI.float() * (strength * layer.alpha / layer.rank)
+        with torch.no_grad():
+            weight.copy_((weight.float() + delta_OI.to(weight.device)).to(weight.dtype))
+
+
+def read_trained(denoiser: nn.Module) -> AdapterState:
+    """The LoRA that training attached, on the CPU in float32. The tensors are copies."""
+    layers = {}
+    for path, layer in _layers(denoiser, TRAINED):
+        down = layer.lora_A[TRAINED].weight.detach().float().cpu().clone()
+        up = layer.lora_B[TRAINED].weight.detach().float().cpu().clone()
+        layers[path] = LoraLayer(down_RI=down, up_OR=up, alpha=float(layer.lora_alpha[TRAINED]))
+    return AdapterState(layers)
+
+
+def write_trained(denoiser: nn.Module, state: AdapterState) -> None:
+    """Put `state` into the LoRA that training attached: exactly the same modules and shapes, or AdapterError."""
+    layers = dict(_layers(denoiser, TRAINED))
+    if layers.keys() != state.layers.keys():
+        odd = min(layers.keys() ^ state.layers.keys())
+        raise AdapterError(
+            f"the checkpoint's LoRA has {len(state.layers)} modules, this run's {len(layers)}; first difference: {odd}",
+            hint="resume with the `lora` settings that the checkpoint was made with",
+        )
+    with torch.no_grad():
+        for path, layer in layers.items():
+            saved = state.layers[path]
+            if saved.down_RI.shape != layer.lora_A[TRAINED].weight.shape:
+                raise AdapterError(
+                    f"the checkpoint's LoRA has rank {saved.rank} at {path}, "
+                    f"this run's {layer.lora_A[TRAINED].weight.shape[0]}",
+                    hint="resume with the `lora_rank` that the checkpoint was made with",
+                )
+            layer.lora_A[TRAINED].weight.copy_(saved.down_RI)
+            layer.lora_B[TRAINED].weight.copy_(saved.up_OR)
+
+
+def check_fit(denoiser: nn.Module, state: AdapterState, name: str) -> None:
+    """Raise AdapterError, naming the first module that differs, unless every layer has a linear of its shape."""
+    linears = {path: module for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    for path, layer in state.layers.items():
+        path_in_model = path if path in linears else f"{path}.base_layer"
+        if path_in_model not in linears:
+            raise AdapterError(
+                f"{name}: adapts `{path}`, which this model does not have",
+                hint="the LoRA was made for another model; see its `modelspec.architecture`",
+            )
+        want = tuple(linears[path_in_model].weight.shape)
+        got = (layer.up_OR.shape[0], layer.down_RI.shape[1])
+        if want != got:
+            raise AdapterError(
+                f"{name}: `{path}` changes a {got[0]}×{got[1]} matrix, this model's is {want[0]}×{want[1]}",
+                hint="the LoRA was made for a model of another size",
+            )
+
+
+def _inject(denoiser: nn.Module, name: str, ranks: dict[str, int], alphas: dict[str, float], dropout: float) -> None:
+    config = LoraConfig(
+        r=next(iter(ranks.values())),
+        lora_alpha=next(iter(alphas.values())),
+        rank_pattern={re.escape(path): rank for path, rank in ranks.items()},
+        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items()},
+        lora_dropout=dropout,
+        target_modules=list(ranks),
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, denoiser, adapter_name=name)
+    attached = {path for path, _ in _layers(denoiser, name)}
+    assert attached == set(ranks), (
+        f"peft adapted {len(attached)} modules, not {len(ranks)}: {min(attached ^ set(ranks))}"
+    )
+
+
+def _layers(denoiser: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    for path, module in denoiser.named_modules():
+        if isinstance(module, PeftLoraLayer) and name in module.lora_A:
+            yield path, module
+
+
+def _write(linear: nn.Linear, value: Tensor, like: Tensor) -> None:
+    linear.to(like.device, torch.float32)
+    with torch.no_grad():
+        linear.weight.copy_(value)
+    linear.weight.requires_grad_(False)
