@@ -1,0 +1,112 @@
+"""What a finished run shows to people: a plot of the loss and a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from flux_ft.config import RunConfig
+from flux_ft.families.base import Variant
+from flux_ft.files import write_whole
+from flux_ft.train.setup import TrainData
+
+
+def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss (raw and smoothed), validation loss where measured, and the learning rate, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validated = [(row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row]
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trained, strict=True), color="#b8c4d6", linewidth=0.8, label="loss of each step")
+    smooth = smoothed([loss for _, loss in trained])
+    axes.plot([step for step, _ in trained], smooth, color="#1f4e9c", label="smoothed")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), color="#c2410c", marker="o", markersize=3, label="held-out pictures")
+    axes.set(xlabel="step", ylabel="mean squared velocity error")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    buffer = BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def smoothed(values: Sequence[float], keep: float = 0.97) -> list[float]:
+    """Exponential mean without the start's bias (Kingma & Ba 2015, section 3, applied to a curve)."""
+    result, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        result.append(mean / weight)
+    return result
+
+
+def model_card(
+    config: RunConfig,
+    variant: Variant,
+    data: TrainData,
+    loras: Mapping[str, Path],
+    steps: int,
+    loss: float,
+    has_previews: bool,
+) -> str:
+    """The run folder's README.md, with the front matter that the Hub reads."""  # fmt: skip
+    base = variant.source if "/" in variant.source and not Path(variant.source).exists() else variant.name
+    front = ["---", "library_name: diffusers", "tags: [flux, lora, text-to-image, flux_ft]"]
+    if not variant.source.startswith("builtin:") and "/" in base:
+        front.append(f"base_model: {base}")
+    if config.trigger_word:
+        front.append(f"instance_prompt: {quoted(config.trigger_word)}")
+    title = config.finetune_comment or config.slug
+    held_out = f", {len(data.held_out)} more held out" if data.held_out else ""
+    lines = [*front, "---", "", f"# {title}", ""]
+    lines.append(f"A LoRA for {base}, trained on {len(data.examples)} pictures{held_out} for {steps} steps.")
+    if config.trigger_word:
+        lines += ["", f"Trigger word: `{config.trigger_word}`"]
+    if has_previews:
+        lines += ["", "## Pictures", "", "Same prompts and seeds, before training (base) and along it:", ""]
+        lines.append("![previews](previews.png)")
+    lines += ["", "## Files", "", "| file | for |", "|---|---|"]
+    uses = {"diffusers": "diffusers, and tools that read PEFT keys", "kohya": "ComfyUI, Forge, InvokeAI, sd-scripts"}
+    lines += [f"| `{path.name}` | {uses[name]} |" for name, path in loras.items()]
+    lines += ["", "## Use", "", "```python", *_snippet(config, variant, base, loras), "```"]
+    lines += ["", "## Training", "", "![loss](loss.png)", "", "| setting | value |", "|---|---|"]
+    rate = f"{config.resolved_learning_rate:g}, {config.schedule.name}"
+    settings = {
+        "rank": config.lora_rank, "steps": steps, "learning rate": rate, "optimizer": config.optim.name,
+        "batch": config.optim.batch_size * config.optim.accumulate, "seed": config.seed,
+        "loss, last tenth": f"{loss:.4f}", "licence of the base": variant.license or "see its page",
+    }  # fmt: skip
+    lines += [f"| {name} | {value} |" for name, value in settings.items()]
+    lines += ["", "Every setting is in `run.yaml`; what became of each picture is in `report.html`.", ""]
+    return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    """A YAML string that no reader takes for something else."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _snippet(config: RunConfig, variant: Variant, base: str, loras: Mapping[str, Path]) -> list[str]:
+    file = next(iter(loras.values())).name
+    prompt = quoted(f"a photo of {config.trigger_word}" if config.trigger_word else "…")
+    if variant.source.startswith("builtin:"):
+        return [
+            "from flux_ft.infer.runner import AppliedAdapter, Runner",
+            "",
+            f'runner = Runner("{variant.name}", [AppliedAdapter(Path("{file}"))])',
+            f"runner.generate([runner.request({prompt}, seed=0)])[0].show()",
+        ]
+    return [
+        "import torch",
+        "from diffusers import FluxPipeline",
+        "",
+        f'pipe = FluxPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
+        f'pipe.load_lora_weights("{file}")',
+        f"pipe({prompt}, guidance_scale={variant.default_guidance}).images[0]",
+    ]

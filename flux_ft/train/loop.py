@@ -1,0 +1,194 @@
+"""The training loop, and only the loop. One for every family, LoRA or full, one process or many.
+
+Shapes in names: B batch, C latent channels, H W latent grid.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flux_ft import flow
+from flux_ft.config import RunConfig
+from flux_ft.data.loader import BatchPlan, collate
+from flux_ft.errors import NonFiniteError
+from flux_ft.families.base import Family
+from flux_ft.train.optim import rate_factor, set_rate
+from flux_ft.train.setup import TrainState
+from flux_ft.types import Batch, CachedExample, TextCond
+
+TRAIN_GUIDANCE = 1.0
+"""Guidance-embedded models learn at guidance 1, the value that stands for "no guidance" in their distillation."""
+VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, measured. `loss` is the mean over the global batch; `grad_norm` is before clipping."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    sigma: float
+    seconds: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What happens between steps, each given the number of steps done."""
+
+    log: Callable[[StepResult], None]
+    validate: Callable[[int], None]
+    preview: Callable[[int], None]
+    save: Callable[[int], None]
+    should_stop: Callable[[], bool]
+
+
+def train_steps(
+    state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample], acts: Acts
+) -> bool:
+    """Go from `state.step` to `config.iterations`. Returns False when asked to stop before the end.
+
+    Raises NonFiniteError, before the update, when a loss or gradient is not finite.
+    """
+    world = state.accelerator.num_processes
+    global_batch = config.optim.batch_size * config.optim.accumulate * world
+    plan = BatchPlan([example.bucket for example in examples], global_batch, config.iterations, config.seed)
+    if state.step == 0:
+        acts.preview(0)
+        acts.validate(0)
+    while state.step < config.iterations:
+        result = training_step(state, family, config, examples, plan.indices(state.step))
+        state.step += 1
+        done = state.step == config.iterations
+        acts.log(result)
+        if done or due(state.step, config.validation.every):
+            acts.validate(state.step)
+        if done or due(state.step, config.preview.every):
+            acts.preview(state.step)
+        stop = not done and acts.should_stop()
+        if done or stop or due(state.step, config.checkpoint.every):
+            acts.save(state.step)
+        if stop:
+            return False
+    return True
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something that happens `every` so many steps happens now."""
+    return every is not None and step % every == 0
+
+
+def training_step(
+    state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample], indices: Sequence[int]
+) -> StepResult:
+    """One optimizer step on the global batch `indices`, of which this process takes its share."""
+    started = time.perf_counter()
+    accelerator = state.accelerator
+    rate = config.resolved_learning_rate * rate_factor(
+        config.schedule.name, state.step, config.iterations, config.schedule.warmup_steps
+    )
+    set_rate(state.optimizer, rate)
+    losses: list[Tensor] = []
+    sigmas: list[Tensor] = []
+    names: list[str] = []
+    norm = math.nan
+    for slots in own_slots(config, accelerator.num_processes, accelerator.process_index):
+        batch = collate(examples, [indices[slot] for slot in slots], slots)
+        with accelerator.accumulate(state.denoiser):
+            loss_B, sigma_B = batch_loss(state, family, config, batch)
+            accelerator.backward(loss_B.mean())
+            losses.append(loss_B.detach())
+            sigmas.append(sigma_B)
+            names += batch.names
+            if accelerator.sync_gradients:
+                limit = config.optim.max_grad_norm or math.inf
+                norm = float(accelerator.clip_grad_norm_(state.parameters, limit))
+                refuse_non_finite(torch.cat(losses), norm, names, state.step)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+    loss = float(accelerator.gather(torch.cat(losses)).mean())
+    return StepResult(
+        step=state.step + 1,
+        loss=loss,
+        grad_norm=norm,
+        learning_rate=rate,
+        sigma=float(torch.cat(sigmas).mean()),
+        seconds=time.perf_counter() - started,
+        examples=len(indices),
+    )
+
+
+def own_slots(config: RunConfig, world: int, rank: int) -> Iterator[tuple[int, ...]]:
+    """This process's slots of the global batch, a tuple a micro-step. Slots key the noise, so they are never shared."""
+    size = config.optim.batch_size
+    for micro_step in range(config.optim.accumulate):
+        first = (micro_step * world + rank) * size
+        yield tuple(range(first, first + size))
+
+
+def batch_loss(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss and sigma of each example (B,), with noise keyed by (seed, step, slot)."""
+    device = state.accelerator.device
+    shape = tuple(batch.latents_BCHW.shape[1:])
+    mu = family.shift_mu(shape[1], shape[2])
+    draws = [flow.keyed_generator(config.seed, state.step, slot) for slot in batch.slots]
+    sigma_B = torch.stack([flow.draw_sigma(generator, mu) for generator in draws])
+    noise_BCHW = torch.stack([flow.draw_noise(shape, generator) for generator in draws])
+    if config.lora.dropout:
+        # Dropout takes its draws from the global state: tie that to the step as well.
+        torch.manual_seed(flow.keyed_generator(config.seed, "dropout", state.step, batch.slots[0]).initial_seed())
+    return flow_loss(state, family, batch, noise_BCHW.to(device), sigma_B.to(device)), sigma_B
+
+
+def flow_loss(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """Mean squared velocity error of each example (B,); a pure function of weights, batch, noise and sigma."""
+    dtype = next(state.bare.parameters()).dtype
+    device = noise_BCHW.device
+    x0_BCHW = batch.latents_BCHW.to(device, torch.float32)
+    z_BCHW = flow.interpolate(x0_BCHW, noise_BCHW, sigma_B)
+    text = TextCond(batch.text.embeds_BLD.to(device, dtype), batch.text.pooled_BP.to(device, dtype))
+    predicted = family.predict_velocity(state.denoiser, z_BCHW.to(dtype), sigma_B, text, TRAIN_GUIDANCE)
+    return flow.velocity_loss(predicted, flow.velocity_target(x0_BCHW, noise_BCHW))
+
+
+def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: int) -> None:
+    """Raise NonFiniteError, naming the pictures, unless every loss and the gradient's norm are finite."""
+    if math.isfinite(norm) and bool(torch.isfinite(losses).all()):
+        return
+    what = "gradient" if bool(torch.isfinite(losses).all()) else "loss"
+    raise NonFiniteError(
+        f"the {what} of step {step + 1} is not a finite number; the update was not made. "
+        f"Pictures of the batch: {', '.join(dict.fromkeys(names))}",
+        hint="lower `learning_rate`, set `memory.base_precision: fp32`, or look at these pictures; "
+        "the last checkpoint is sound: go on from it with --resume",
+    )
+
+
+@torch.no_grad()
+def validation_loss(
+    state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample]
+) -> dict[str, float]:
+    """Mean loss on held-out examples at fixed sigmas and fixed noise: "validation_loss" and one value a sigma."""
+    was_training = state.denoiser.training
+    state.denoiser.eval()
+    per_sigma: dict[float, list[float]] = {sigma: [] for sigma in VALIDATION_SIGMAS}
+    for index, example in enumerate(examples):
+        batch = collate(examples, [index], [0])
+        generator = flow.keyed_generator(config.seed, "validation", example.name)
+        noise = flow.draw_noise(tuple(batch.latents_BCHW.shape), generator).to(state.accelerator.device)
+        for sigma in VALIDATION_SIGMAS:
+            sigma_B = torch.full((1,), sigma, device=noise.device)
+            per_sigma[sigma].append(float(flow_loss(state, family, batch, noise, sigma_B)))
+    state.denoiser.train(was_training)
+    means = {sigma: sum(values) / len(values) for sigma, values in per_sigma.items()}
+    row: dict[str, Any] = {"validation_loss": sum(means.values()) / len(means)}
+    return row | {f"validation_loss_sigma_{sigma}": value for sigma, value in means.items()}

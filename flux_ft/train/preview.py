@@ -1,0 +1,69 @@
+"""Pictures during training: fixed prompts and seeds, so that only the LoRA differs from one row to the next.
+
+Nothing here may touch the training: no global random state, no gradients, the denoiser back in its mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from flux_ft.families.base import Family
+from flux_ft.infer.grid import labelled_grid, save_png, to_image
+from flux_ft.infer.sampler import initial_noise, sample_latents
+from flux_ft.types import TextCond
+
+
+@dataclass(frozen=True)
+class PreviewPlan:
+    """What every preview draws."""
+
+    prompts: tuple[str, ...]
+    conds: tuple[TextCond, ...]
+    """One single-prompt encoding a prompt."""
+    seed: int
+    """The i-th prompt uses seed + i."""
+    width_px: int
+    height_px: int
+    steps: int
+    guidance: float
+
+
+def write_previews(
+    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int, autocast: Any
+) -> list[Path]:
+    """Draw every prompt and write `folder/step-…/00.png`, …; one picture at a time, to need little memory."""
+    was_training = denoiser.training
+    denoiser.eval()
+    device = next(denoiser.parameters()).device
+    vae.to(device)
+    paths = []
+    try:
+        for index, cond in enumerate(plan.conds):
+            noise = initial_noise(family.latent_shape(plan.width_px, plan.height_px), [plan.seed + index])
+            with torch.no_grad(), autocast():
+                latents = sample_latents(family, denoiser, noise, cond, plan.steps, plan.guidance)
+            path = folder / f"step-{step:06d}" / f"{index:02d}.png"
+            save_png(to_image(family.decode_latents(vae, latents)[0]), path)
+            paths.append(path)
+    finally:
+        denoiser.train(was_training)
+        vae.to("cpu")
+    return paths
+
+
+def preview_grid(folder: Path, prompts: tuple[str, ...], max_rows: int = 8) -> Image.Image | None:
+    """All previews of a run in one picture: a row a step (evenly chosen), a column a prompt. None without previews."""
+    steps = sorted(path for path in folder.glob("step-??????") if path.is_dir())
+    if not steps:
+        return None
+    if len(steps) > max_rows:
+        steps = [steps[round(i * (len(steps) - 1) / (max_rows - 1))] for i in range(max_rows)]
+    rows = [[Image.open(step / f"{i:02d}.png").convert("RGB") for i in range(len(prompts))] for step in steps]
+    labels = ["base" if int(step.name[5:]) == 0 else f"step {int(step.name[5:])}" for step in steps]
+    return labelled_grid(rows, labels, prompts)

@@ -1,0 +1,338 @@
+"""One run from run file to LoRA: check, encode, train, export, prove, tell."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from flux_ft import __version__, log
+from flux_ft.adapters import lora
+from flux_ft.adapters.formats import verify_written, write_adapter
+from flux_ft.adapters.metadata import ExportInfo, build_metadata
+from flux_ft.config import RunConfig
+from flux_ft.data.report import write_report
+from flux_ft.errors import ConfigError, StoppedByUser, StorageError
+from flux_ft.families.base import Family
+from flux_ft.families.registry import open_family
+from flux_ft.files import write_whole
+from flux_ft.infer.grid import save_png
+from flux_ft.plan import check_run
+from flux_ft.runfile import dump_run
+from flux_ft.train import checkpoint
+from flux_ft.train.card import model_card, plot_losses
+from flux_ft.train.loop import Acts, StepResult, train_steps, validation_loss
+from flux_ft.train.preview import preview_grid, write_previews
+from flux_ft.train.setup import (
+    TrainData,
+    TrainState,
+    free_memory,
+    make_accelerator,
+    prepare_data,
+    prepare_model,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
+NOT_PART_OF_THE_STATE = ("iterations", "output", "finetune_comment", "preview", "validation.every", "checkpoint",
+                         "export", "logging", "webhook_url", "webhook_secret")  # fmt: skip
+"""Settings that may change between a stop and a resume: they do not touch what is learned from here on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    folder: Path
+    loras: dict[str, Path]
+    """By format."""
+    worst_error: float
+    """Largest relative error of a written ΔW against the trained one."""
+    train_seconds: float
+    """Spent in optimizer steps of this start of the run, previews and checkpoints left out."""
+    steps: int
+    loss: float
+    """Mean over the last tenth of the steps."""
+
+
+def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train RUN.yaml --resume") -> TrainResult:
+    """Carry out the run. `command` is what a user types to go on after a stop.
+
+    Raises InputError before anything is written, NonFiniteError, StorageError, or StoppedByUser after saving.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    report = check_run(config).report
+    folder = config.output_dir
+    claim_folder(folder, resume)
+    family = open_family(config.model, config.model_parts)
+    accelerator = make_accelerator(config, folder)
+    if accelerator.is_main_process:
+        write_whole(folder / "run.yaml", dump_run(config).encode())
+        write_report(report, folder)
+        for warning in report.warnings:
+            log.warn(warning)
+    data = prepare_data(config, report, family, accelerator, folder / "cache")
+    free_memory()
+    state = prepare_model(config, family, accelerator)
+    require_space(folder, state, config)
+    fingerprint = run_fingerprint(config, data)
+    if resume:
+        restore(state, folder / "checkpoints", fingerprint)
+    preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
+    if accelerator.trackers or config.logging.trackers:
+        accelerator.init_trackers("trackers")
+    with stop_requests() as should_stop, Recorder(folder, state, config) as recorder:
+        acts = Acts(
+            log=recorder.step,
+            validate=lambda step: _validate(state, family, config, data, recorder, step),
+            preview=lambda step: _preview(state, family, data, preview_vae, folder, step),
+            save=lambda step: _save(state, config, folder, step, fingerprint),
+            should_stop=should_stop,
+        )
+        finished = train_steps(state, family, config, data.examples, acts)
+    if not finished:
+        raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
+    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    loras, worst = export(state, config, family, data, folder, started) if accelerator.is_main_process else ({}, 0.0)
+    rows = read_metrics(folder)
+    tail = [row["loss"] for row in rows if "loss" in row]
+    tail = tail[-max(1, len(tail) // 10) :]
+    result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)))
+    if accelerator.is_main_process:
+        finish_folder(config, family, data, result, rows)
+    return result
+
+
+def claim_folder(folder: Path, resume: bool) -> None:
+    """Make sure that `folder` can be written and holds no earlier run. Raises ConfigError, StorageError."""
+    if resume:
+        if not (folder / "run.yaml").is_file():
+            raise ConfigError(f"`output: {folder}` holds no run to resume", hint="leave out --resume to start one")
+        return
+    if folder.is_dir() and any(folder.iterdir()) and not only_the_cache(folder):
+        raise ConfigError(
+            f"`output: {folder}` holds something already",
+            hint="go on with it by --resume, or choose another folder, for example by `output=runs/another`",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`output: {folder}` is a file", hint="choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"`output: {folder}` cannot be written: {error.strerror or error}",
+            hint="choose a folder that can be written",
+        ) from error
+
+
+def only_the_cache(folder: Path) -> bool:
+    """Whether an earlier start got no further than the cache and its reports, so that nothing can be lost."""
+    return {path.name for path in folder.iterdir()} <= {"cache", "run.yaml", "report.json", "report.html"}
+
+
+def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
+    """Raise StorageError unless checkpoints, exports and pictures will fit."""
+    weights = sum(parameter.numel() for parameter in state.parameters)
+    checkpoint_bytes = weights * 12  # float32 weight and two moments
+    need = checkpoint_bytes * (config.checkpoint.keep + 1) + weights * 4 * len(config.export.formats) + 20_000_000
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise StorageError(
+            f"{folder}: {free / 1e9:.2f} GB are free, this run needs about {need / 1e9:.2f} GB",
+            hint="free some disk space, choose another `output`, or lower `checkpoint.keep`",
+        )
+
+
+def run_fingerprint(config: RunConfig, data: TrainData) -> dict[str, Any]:
+    """What must not change between a stop and a resume: settings by dotted key, and the data's digest."""
+    flat: dict[str, Any] = {"data digest": data.digest, "learning rate": config.resolved_learning_rate}
+    for key, value in json.loads(config.model_dump_json()).items():
+        inner = value if isinstance(value, dict) else None
+        pairs = {f"{key}.{name}": v for name, v in inner.items()} if inner is not None else {key: value}
+        flat |= {
+            name: v
+            for name, v in pairs.items()
+            if name not in NOT_PART_OF_THE_STATE and key not in NOT_PART_OF_THE_STATE
+        }
+    flat.pop("data.path", None)  # the pictures may move; their digest may not change
+    return flat
+
+
+def restore(state: TrainState, folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Bring `state` to the newest whole checkpoint. Without one the run begins at step 0, and says so."""
+    found, passed_over = checkpoint.latest(folder)
+    for sentence in passed_over:
+        log.warn(sentence)
+    if found is None:
+        log.warn(f"no whole checkpoint in {folder}; starting from step 0")
+        return
+    checkpoint.require_same(found.fingerprint, fingerprint)
+    lora.write_trained(state.bare, found.adapter)
+    state.optimizer.load_state_dict(found.optimizer)
+    state.step = found.step
+    log.say(f"resumed from step {found.step}")
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """A function that says whether to stop: Ctrl-C or SIGTERM asks once; a second Ctrl-C ends at once, unsaved."""
+    asked: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        log.say("stopping after this step; press Ctrl-C again to stop at once without saving")
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in kept:
+            signal.signal(number, on_signal)
+    except ValueError:  # not in the main thread: a notebook's executor, a server; there is no Ctrl-C to catch
+        kept = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+class Recorder:
+    """metrics.jsonl, the progress bar and the trackers. Only the main process writes."""
+
+    def __init__(self, folder: Path, state: TrainState, config: RunConfig) -> None:
+        self._state, self._main = state, state.accelerator.is_main_process
+        self._bar = log.Bar("train", config.iterations) if self._main else None
+        self._metrics = log.MetricsFile(folder / "metrics.jsonl", state.step) if self._main else None
+        self._smooth: float | None = None
+        self.seconds = 0.0
+        """Spent in optimizer steps so far."""
+
+    def __enter__(self) -> Recorder:
+        if self._bar:
+            self._bar.__enter__()
+            self._bar.skip(self._state.step)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.__exit__(*error)
+        if self._metrics:
+            self._metrics.close()
+
+    def step(self, result: StepResult) -> None:
+        """Record one step."""
+        self.seconds += result.seconds
+        row = {
+            "step": result.step, "loss": result.loss, "grad_norm": result.grad_norm, "sigma": result.sigma,
+            "learning_rate": result.learning_rate, "step_s": round(result.seconds, 4),
+            "examples_per_s": round(result.examples / max(1e-9, result.seconds), 3),
+        }  # fmt: skip
+        if torch.cuda.is_available():
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.write(row)
+        self._smooth = result.loss if self._smooth is None else 0.95 * self._smooth + 0.05 * result.loss
+        if self._bar:
+            self._bar.advance(1, note=f"loss {self._smooth:.4f}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Record any numbers, with their "step"."""
+        if self._metrics:
+            self._metrics.write(row)
+        self._state.accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+
+def _validate(
+    state: TrainState, family: Family, config: RunConfig, data: TrainData, recorder: Recorder, step: int
+) -> None:
+    if data.held_out and config.validation.every is not None:
+        recorder.write({"step": step, **validation_loss(state, family, config, data.held_out)})
+
+
+def _preview(
+    state: TrainState, family: Family, data: TrainData, vae: torch.nn.Module | None, folder: Path, step: int
+) -> None:
+    if data.preview is not None and vae is not None and state.accelerator.is_main_process:
+        write_previews(
+            data.preview, family, state.bare, vae, folder / "previews", step, state.accelerator.autocast
+        )  # fmt: skip
+
+
+def _save(state: TrainState, config: RunConfig, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:
+    if config.checkpoint.every is None or not state.accelerator.is_main_process:
+        return
+    made = checkpoint.Checkpoint(step, lora.read_trained(state.bare), state.optimizer.state_dict(), fingerprint)
+    checkpoint.save(folder / "checkpoints", made, config.checkpoint.keep)
+
+
+def export(
+    state: TrainState, config: RunConfig, family: Family, data: TrainData, folder: Path, started: str
+) -> tuple[dict[str, Path], float]:
+    """Write the LoRA in every wished format, read each back and compare. Returns the files and the worst error."""
+    adapter = lora.read_trained(state.bare)
+    sizes = [one.bucket for one in data.report.placed]
+    largest = max(sizes, key=lambda bucket: bucket.width_px * bucket.height_px)
+    info = ExportInfo(
+        title=config.finetune_comment or config.slug,
+        architecture=family.variant.architecture,
+        license=family.variant.license,
+        trigger_word=config.trigger_word,
+        rank=config.lora_rank,
+        steps=state.step,
+        seed=config.seed,
+        learning_rate=config.resolved_learning_rate,
+        optimizer=config.optim.name,
+        num_images=len(data.examples),
+        resolution=f"{largest.width_px}x{largest.height_px}",
+        started=started,
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        config_yaml=dump_run(config),
+        base_model=family.variant.name,
+        tool_version=__version__,
+        batch_size=config.optim.batch_size * config.optim.accumulate * state.accelerator.num_processes,
+    )
+    dtype = DTYPES[config.export.dtype]
+    written: dict[str, Path] = {}
+    worst = 0.0
+    for name in config.export.formats:
+        path = folder / f"{config.slug}{FILE_SUFFIX[name]}.safetensors"
+        write_adapter(path, adapter, name, dtype, build_metadata(info, flavour=name, modules=adapter.layers))
+        error = verify_written(path, adapter, dtype)
+        log.say(f"wrote {path} ({name}, {path.stat().st_size / 1e6:.1f} MB); read back, ΔW within {error:.1e}")
+        written[name], worst = path, max(worst, error)
+    return written, worst
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def finish_folder(
+    config: RunConfig, family: Family, data: TrainData, result: TrainResult, rows: list[dict[str, Any]]
+) -> None:
+    """Loss plot, grid of previews and model card."""
+    started = time.monotonic()
+    plot_losses(rows, result.folder / "loss.png")
+    grid: Image.Image | None = None
+    if data.preview is not None:
+        grid = preview_grid(result.folder / "previews", data.preview.prompts)
+        if grid is not None:
+            save_png(grid, result.folder / "previews.png")
+    card = model_card(config, family.variant, data, result.loras, result.steps, result.loss, grid is not None)
+    write_whole(result.folder / "README.md", card.encode())
+    log.say(f"wrote {result.folder / 'README.md'} and its pictures in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,186 @@
+"""Where data meets family: everything that a run needs before its first step.
+
+The order is what keeps memory small: text encoders come, encode, go; the autoencoder comes, encodes, goes; only then
+is the denoiser loaded.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from flux_ft import log
+from flux_ft.adapters import lora
+from flux_ft.config import RunConfig
+from flux_ft.data.cache import cache_latents, cache_texts, load_examples, load_text
+from flux_ft.data.loader import split_holdout
+from flux_ft.families.base import Family
+from flux_ft.train.optim import OPTIMIZERS
+from flux_ft.train.preview import PreviewPlan
+from flux_ft.types import CachedExample, DatasetReport
+
+LARGE_PARAMETERS = 1_000_000_000
+"""From this size on, activations are recomputed unless `memory.recompute` says otherwise."""
+
+
+@dataclass
+class TrainState:
+    """The one thing that changes during training; it never leaves this room."""
+
+    accelerator: Accelerator
+    denoiser: nn.Module
+    """As prepared by accelerate: call this one."""
+    bare: nn.Module
+    """The same denoiser without accelerate's wrapping: read and draw with this one."""
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What is trained and measured on."""
+
+    report: DatasetReport
+    examples: tuple[CachedExample, ...]
+    held_out: tuple[CachedExample, ...]
+    preview: PreviewPlan | None
+    digest: str
+    """Changes when a picture or a caption does."""
+
+
+def preview_prompts(config: RunConfig, report: DatasetReport) -> tuple[str, ...]:
+    """What previews draw: the run file's prompts, or up to three of the training captions."""
+    if config.preview.prompts:
+        return tuple(config.preview.prompts)
+    return tuple(dict.fromkeys(one.sample.caption for one in report.placed))[:3]
+
+
+def prepare_data(
+    config: RunConfig, report: DatasetReport, family: Family, accelerator: Accelerator, cache: Path
+) -> TrainData:
+    """Encode what is not in `cache` yet, then read everything from it. No encoder is left in memory on return."""
+    device, dtype = accelerator.device, encoder_dtype(accelerator.device)
+    fingerprint = f"{family.variant.name}|{family.source}|{dtype}"
+    prompts = preview_prompts(config, report) if config.preview.every else ()
+    captions = [*(one.sample.caption for one in report.placed), *prompts]
+
+    def open_text_encoder() -> Any:
+        stack = family.load_text(device, dtype)
+        return lambda texts: family.encode_text(stack, texts)
+
+    def open_image_encoder() -> Any:
+        vae = family.load_vae(device, dtype)
+        return lambda pixels: family.encode_image(vae, pixels)
+
+    with accelerator.main_process_first():
+        cache_texts(captions, cache, f"{fingerprint}|{family.variant.max_text_tokens}", open_text_encoder)
+        free_memory()
+        cache_latents(report.placed, cache, fingerprint, open_image_encoder)
+        free_memory()
+    text_fingerprint = f"{fingerprint}|{family.variant.max_text_tokens}"
+    examples = load_examples(report.placed, cache, fingerprint, text_fingerprint)
+    digests = [one.sample.digest for one in report.placed]
+    trained, held_out = split_holdout(digests, config.validation.fraction, config.seed)
+    return TrainData(
+        report=report,
+        examples=tuple(examples[i] for i in trained),
+        held_out=tuple(examples[i] for i in held_out),
+        preview=_preview_plan(config, prompts, family, cache, text_fingerprint) if prompts else None,
+        digest=data_digest(report),
+    )
+
+
+def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -> TrainState:
+    """Load the denoiser, attach the LoRA, hand both to accelerate. Raises ModelError or ConfigError."""
+    denoiser = family.load_denoiser(accelerator.device, base_dtype(config, accelerator.device))
+    targets = lora.choose_targets(family.lora_targets(denoiser), config.lora.targets)
+    alpha = float(config.lora_rank if config.lora.alpha is None else config.lora.alpha)
+    parameters = lora.attach_new(denoiser, targets, config.lora_rank, alpha, config.lora.dropout, config.seed)
+    size = sum(parameter.numel() for parameter in denoiser.parameters())
+    recompute = size >= LARGE_PARAMETERS if config.memory.recompute is None else config.memory.recompute
+    if recompute:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    denoiser.train()
+    trained = sum(parameter.numel() for parameter in parameters)
+    log.say(
+        f"LoRA rank {config.lora_rank} on {len(targets)} linears: {trained:,} of {size:,} weights are trained"
+        + ("; activations are recomputed" if recompute else "")
+    )
+    optimizer = OPTIMIZERS[config.optim.name](parameters, config.resolved_learning_rate, config.optim)
+    prepared, optimizer = accelerator.prepare(denoiser, optimizer)
+    return TrainState(accelerator, prepared, denoiser, parameters, optimizer)
+
+
+def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
+    """accelerate's own defaults for device and processes; bfloat16 arithmetic wherever the base is bfloat16."""
+    probe = Accelerator(
+        mixed_precision="bf16" if _wants_bf16(config) else "no",
+        gradient_accumulation_steps=config.optim.accumulate,
+        log_with=list(config.logging.trackers) or None,
+        project_dir=str(folder),
+    )
+    return probe
+
+
+def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The frozen base's dtype: as `memory.base_precision` says, or bfloat16 on a GPU and float32 on a CPU."""
+    if config.memory.base_precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.memory.base_precision]
+
+
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """Encoders run once, so they take the device's natural dtype."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def data_digest(report: DatasetReport) -> str:
+    """SHA-256 over every picture's bytes, caption and size, in order."""
+    lines = [
+        f"{one.sample.digest} {one.bucket.width_px}x{one.bucket.height_px} {one.sample.caption}"
+        for one in report.placed
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def free_memory() -> None:
+    """Drop what nothing refers to any more, on the device too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _wants_bf16(config: RunConfig) -> bool:
+    if config.memory.base_precision != "auto":
+        return config.memory.base_precision == "bf16"
+    return torch.cuda.is_available() and not _cpu_is_forced()
+
+
+def _cpu_is_forced() -> bool:
+    import os
+
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def _preview_plan(
+    config: RunConfig, prompts: Sequence[str], family: Family, cache: Path, text_fingerprint: str
+) -> PreviewPlan:
+    variant, preview = family.variant, config.preview
+    return PreviewPlan(
+        prompts=tuple(prompts),
+        conds=tuple(load_text(prompt, cache, text_fingerprint) for prompt in prompts),
+        seed=preview.seed,
+        width_px=preview.width or variant.sample_size_px,
+        height_px=preview.height or variant.sample_size_px,
+        steps=preview.steps or variant.default_steps,
+        guidance=variant.default_guidance if preview.guidance is None else preview.guidance,
+    )
