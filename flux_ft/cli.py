@@ -1,0 +1,218 @@
+"""The command line: verbs, no logic. Words for people go to stderr, data to stdout. Loads without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flux_ft import __version__
+from flux_ft.errors import ConfigError, FluxFTError
+
+# Progress bars and notices of the libraries would drown ours; a user's own setting wins.
+for _name, _value in {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Fine-tune FLUX image models on your own GPU: a folder of pictures in, a LoRA out.",
+)  # fmt: skip
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="settings that replace the file's", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else there")]
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except FluxFTError as error:
+        _tell(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped at once; what was not reported as saved is lost", file=sys.stderr)
+        sys.exit(130)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the LoRA that a run file describes; also `accelerate launch -m flux_ft train RUN.yaml`."""
+    loaded = _load(run_file, overrides)
+    from flux_ft.train.run import train as train_run
+
+    words = [f"flux-ft train {run_file}", *(overrides or ()), "--resume"]
+    result = train_run(loaded.config, resume=resume, command=" ".join(words))
+    loras = {name: str(path) for name, path in result.loras.items()}
+    _report(
+        {"folder": str(result.folder), "loras": loras, "steps": result.steps, "loss": result.loss,
+         "train_seconds": round(result.train_seconds, 2), "worst_delta_weight_error": result.worst_error},
+        f"done: {result.steps} steps in {result.train_seconds:.0f} s, loss {result.loss:.4f}; "
+        f"see {result.folder / 'README.md'}",
+        as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def check(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a run file and its pictures without loading a model; writes nothing."""
+    loaded = _load(run_file, overrides)
+    from flux_ft.plan import check_run
+
+    checked = check_run(loaded.config)
+    _report(checked.as_json(), checked.for_people(), as_json)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; may be given several times")],
+    model: Annotated[str, typer.Option(help="variant, folder, .safetensors file or Hub id")] = "flux1-dev",
+    model_parts: Annotated[str | None, typer.Option(help="where encoders come from if MODEL is one file")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; may be given several times")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("pictures"),
+    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count on", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="pictures a prompt", min=1)] = 1,
+    width: Annotated[int | None, typer.Option(help="pixels", min=1)] = None,
+    height: Annotated[int | None, typer.Option(help="pixels", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="embedded guidance", min=0)] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="also write all pictures in one labelled grid.png")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw pictures, with any number of LoRAs."""
+    adapters = [_adapter(text) for text in lora or ()]
+    from flux_ft.infer.draw import Drawing, draw_to_folder
+
+    drawing = Drawing(tuple(prompt), seed, count, width, height, steps, guidance, grid)
+    made = draw_to_folder(model, adapters, drawing, output, device, model_parts)
+    _report({"pictures": [str(path) for path in made.pictures], "grid": str(made.grid) if made.grid else None},
+            f"wrote {len(made.pictures)} pictures to {output}", as_json)  # fmt: skip
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("runs/quickstart"),
+    iterations: Annotated[int, typer.Option(help="training steps", min=1)] = 400,
+    seed: Annotated[int, typer.Option(help="seed of pictures and training", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The whole job on the built-in flux-tiny: pictures, training, before and after, scores."""
+    from flux_ft.quickstart import quickstart as run_quickstart
+    from flux_ft.quickstart import summary_for_people
+
+    summary = run_quickstart(output, iterations, seed)
+    _report(summary, summary_for_people(summary, output), as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of run files, for editors."""
+    from flux_ft.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the models that are known by name."""
+    from flux_ft.families.registry import VARIANTS
+
+    rows = [
+        {"name": v.name, "source": v.source, "licence": v.license, "distilled": v.distilled, "summary": v.summary}
+        for v in VARIANTS.values()
+    ]
+    words = [f"{row['name']:<14} {row['source']:<36} {row['summary']} ({row['licence']})" for row in rows]
+    _report({"models": rows}, "\n".join(words), as_json, words_are_data=True)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, device, memory, disk, Hub login. Exit code 1 when something must be mended."""
+    from flux_ft.doctor import examine
+
+    findings = examine()
+    words = [f"{'ok     ' if one.ok else 'PROBLEM'} {one.name}: {one.detail}" for one in findings]
+    _report({"findings": [vars(one) for one in findings]}, "\n".join(words), as_json, words_are_data=True)
+    if not all(one.ok for one in findings):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _load(run_file: Path, overrides: list[str] | None) -> Any:
+    from flux_ft import log
+    from flux_ft.runfile import load_run
+
+    loaded = load_run(run_file, overrides or ())
+    for warning in loaded.warnings if run_file.resolve().parent != loaded.config.output_dir.resolve() else ():
+        log.warn(warning)
+    return loaded
+
+
+def _adapter(text: str) -> Any:
+    """FILE or FILE:STRENGTH. A drive letter's colon is no strength."""
+    from flux_ft.types import AppliedAdapter
+
+    file, colon, strength = text.rpartition(":")
+    if not colon or Path(text).exists() or len(file) == 1:
+        return AppliedAdapter(Path(text))
+    try:
+        return AppliedAdapter(Path(file), float(strength))
+    except ValueError as error:
+        raise ConfigError(
+            f"`--lora {text}`: {strength!r} is not a strength", hint="write FILE:0.8, or FILE alone for 1"
+        ) from error
+
+
+def _report(data: dict[str, Any], words: str, as_json: bool, words_are_data: bool = False) -> None:
+    if as_json:
+        print(json.dumps(data, ensure_ascii=False))
+    elif words_are_data:
+        print(words)
+    else:
+        print(words, file=sys.stderr)
+
+
+def _tell(error: FluxFTError) -> None:
+    label = "stopped" if error.exit_code == 130 else "error"
+    print(f"{label}: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"\nhint: {error.hint}", file=sys.stderr)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether the command line itself was wrong. typer carries its own copy of click, so the class is told by name."""
+    return any(cls.__name__ == "ClickException" for cls in type(error).__mro__)
