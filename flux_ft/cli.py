@@ -22,6 +22,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+OUT_OF_MEMORY = (
+    "in training: `memory.recompute: true`, `optim.batch_size: 1` with `optim.accumulate`, smaller `data.max_pixels`; "
+    "in drawing: a smaller --width and --height; and end other programs that use the GPU"
+)
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Fine-tune FLUX image models on your own GPU: a folder of pictures in, a LoRA out.",
@@ -48,11 +53,19 @@ def main() -> None:
         sys.exit(130)
     except typer.Exit as done:
         sys.exit(done.exit_code)
+    except OSError as error:  # what no room foresaw: a disk that fills up or goes away in the middle
+        where = f"{error.filename}: " if error.filename else ""
+        _tell(FluxFTError(f"{where}{error.strerror or error}", hint="see to the disk or the file, then run again"))
+        sys.exit(1)
     except Exception as error:
-        if not _is_usage_error(error):
+        kind = {cls.__name__ for cls in type(error).__mro__}
+        if "ClickException" in kind:  # typer carries its own copy of click, so the class is told by name
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        if "OutOfMemoryError" not in kind:  # torch's; torch is not imported here
             raise
-        error.show()  # type: ignore[attr-defined]
-        sys.exit(2)
+        _tell(FluxFTError(f"the GPU's memory is full: {str(error).split('. ')[0]}", hint=OUT_OF_MEMORY))
+        sys.exit(1)
 
 
 @app.command()
@@ -117,17 +130,19 @@ def generate(
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("runs/quickstart"),
+    output: Annotated[
+        Path | None, typer.Option(help="a new folder for everything it makes [default: runs/quickstart, -2, -3 …]")
+    ] = None,
     iterations: Annotated[int, typer.Option(help="training steps", min=1)] = 400,
     seed: Annotated[int, typer.Option(help="seed of pictures and training", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """The whole job on the built-in flux-tiny: pictures, training, before and after, scores."""
-    from flux_ft.quickstart import quickstart as run_quickstart
-    from flux_ft.quickstart import summary_for_people
+    from flux_ft import quickstart as job
 
-    summary = run_quickstart(output, iterations, seed)
-    _report(summary, summary_for_people(summary, output), as_json)
+    folder = output or job.free_folder(Path("runs/quickstart"))
+    summary = job.quickstart(folder, iterations, seed)
+    _report(summary, job.summary_for_people(summary, folder), as_json)
 
 
 @app.command()
@@ -211,8 +226,3 @@ def _tell(error: FluxFTError) -> None:
     print(f"{label}: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"\nhint: {error.hint}", file=sys.stderr)
-
-
-def _is_usage_error(error: Exception) -> bool:
-    """Whether the command line itself was wrong. typer carries its own copy of click, so the class is told by name."""
-    return any(cls.__name__ == "ClickException" for cls in type(error).__mro__)

@@ -66,12 +66,12 @@ class Bar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         before, self.done = self.done, self.done + count
+        rate = (self.done - self._skipped) / max(1e-9, time.monotonic() - self._started)
         if self._rich:
-            self._rich.update(self._task, advance=count, note=note)
+            self._rich.update(self._task, advance=count, note=f"{rate:.2f}/s  {note}")
             return
         every = max(1, self.total // 20)
         if self.done == self.total or before // every != self.done // every:
-            rate = (self.done - self._skipped) / max(1e-9, time.monotonic() - self._started)
             eta = (self.total - self.done) / rate
             say(f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  ETA {eta:.0f} s  {note}".rstrip())
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from flux_ft import log
 from flux_ft.config import RunConfig
+from flux_ft.errors import ConfigError
 from flux_ft.families.tiny.reader import SceneReader
 from flux_ft.families.tiny.scenes import COLORS, POSITIONS, Part, Scene, all_scenes, caption, is_held_out, render_emblem
 from flux_ft.files import write_whole
@@ -46,12 +48,14 @@ class Trial:
 
 
 def quickstart(output: Path, iterations: int = 400, seed: int = 0) -> dict[str, object]:
-    """Run everything into `output`; returns what is also written to quickstart.json.
+    """Run everything into `output`, a new or empty folder; returns what is also written to quickstart.json.
 
     The four scores are fractions of NUM_PROMPTS unseen prompts: "concept" is how often the emblem appears when asked
     for by the trigger word, in the right place on the right background; "prior" how often other prompts are drawn with
     all five attributes right.
     """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ConfigError(f"`--output {output}` holds something already", hint="choose another folder")
     started = time.monotonic()
     pictures = output / "pictures"
     seen = write_pictures(pictures, seed)
@@ -78,6 +82,12 @@ def quickstart(output: Path, iterations: int = 400, seed: int = 0) -> dict[str, 
     }
     write_whole(output / "quickstart.json", (json.dumps(summary, indent=2) + "\n").encode())
     return summary
+
+
+def free_folder(wished: Path) -> Path:
+    """`wished`, or the first of wished-2, wished-3, … that does not exist, so that no earlier result is touched."""
+    names = (wished.with_name(f"{wished.name}-{number}") for number in count(2))
+    return wished if not wished.exists() else next(path for path in names if not path.exists())
 
 
 def write_pictures(folder: Path, seed: int) -> list[Scene]:

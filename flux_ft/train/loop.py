@@ -75,7 +75,7 @@ def train_steps(
         if done or due(state.step, config.preview.every):
             acts.preview(state.step)
         stop = not done and acts.should_stop()
-        if done or stop or due(state.step, config.checkpoint.every):
+        if stop or (config.checkpoint.every is not None and (done or due(state.step, config.checkpoint.every))):
             acts.save(state.step)
         if stop:
             return False

@@ -36,11 +36,13 @@ from flux_ft.train.preview import preview_grid, write_previews
 from flux_ft.train.setup import (
     TrainData,
     TrainState,
+    data_digest,
     free_memory,
     make_accelerator,
     prepare_data,
     prepare_model,
 )
+from flux_ft.types import DatasetReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
@@ -73,9 +75,15 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     report = check_run(config).report
     folder = config.output_dir
-    claim_folder(folder, resume)
     family = open_family(config.model, config.model_parts)
+    fingerprint = run_fingerprint(config, report)
     accelerator = make_accelerator(config, folder)
+    found: checkpoint.Checkpoint | None = None
+    if accelerator.is_main_process:
+        claim_folder(folder, resume)
+    accelerator.wait_for_everyone()
+    if resume:
+        found = find_checkpoint(folder / "checkpoints", fingerprint)
     if accelerator.is_main_process:
         write_whole(folder / "run.yaml", dump_run(config).encode())
         write_report(report, folder)
@@ -85,9 +93,8 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     free_memory()
     state = prepare_model(config, family, accelerator)
     require_space(folder, state, config)
-    fingerprint = run_fingerprint(config, data)
-    if resume:
-        restore(state, folder / "checkpoints", fingerprint)
+    if found is not None:
+        restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
     if accelerator.trackers or config.logging.trackers:
         accelerator.init_trackers("trackers")
@@ -157,9 +164,9 @@ def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
         )
 
 
-def run_fingerprint(config: RunConfig, data: TrainData) -> dict[str, Any]:
+def run_fingerprint(config: RunConfig, report: DatasetReport) -> dict[str, Any]:
     """What must not change between a stop and a resume: settings by dotted key, and the data's digest."""
-    flat: dict[str, Any] = {"data digest": data.digest, "learning rate": config.resolved_learning_rate}
+    flat: dict[str, Any] = {"data digest": data_digest(report), "learning rate": config.resolved_learning_rate}
     for key, value in json.loads(config.model_dump_json()).items():
         inner = value if isinstance(value, dict) else None
         pairs = {f"{key}.{name}": v for name, v in inner.items()} if inner is not None else {key: value}
@@ -172,15 +179,20 @@ def run_fingerprint(config: RunConfig, data: TrainData) -> dict[str, Any]:
     return flat
 
 
-def restore(state: TrainState, folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Bring `state` to the newest whole checkpoint. Without one the run begins at step 0, and says so."""
+def find_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, or None, which is said. Raises ConfigError when it belongs to another run."""
     found, passed_over = checkpoint.latest(folder)
     for sentence in passed_over:
         log.warn(sentence)
     if found is None:
         log.warn(f"no whole checkpoint in {folder}; starting from step 0")
-        return
+        return None
     checkpoint.require_same(found.fingerprint, fingerprint)
+    return found
+
+
+def restore(state: TrainState, found: checkpoint.Checkpoint) -> None:
+    """Bring `state` to where the checkpoint was made."""
     lora.write_trained(state.bare, found.adapter)
     state.optimizer.load_state_dict(found.optimizer)
     state.step = found.step
@@ -273,7 +285,7 @@ def _preview(
 
 
 def _save(state: TrainState, config: RunConfig, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:
-    if config.checkpoint.every is None or not state.accelerator.is_main_process:
+    if not state.accelerator.is_main_process:
         return
     made = checkpoint.Checkpoint(step, lora.read_trained(state.bare), state.optimizer.state_dict(), fingerprint)
     checkpoint.save(folder / "checkpoints", made, config.checkpoint.keep)

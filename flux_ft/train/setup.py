@@ -53,8 +53,6 @@ class TrainData:
     examples: tuple[CachedExample, ...]
     held_out: tuple[CachedExample, ...]
     preview: PreviewPlan | None
-    digest: str
-    """Changes when a picture or a caption does."""
 
 
 def preview_prompts(config: RunConfig, report: DatasetReport) -> tuple[str, ...]:
@@ -95,7 +93,6 @@ def prepare_data(
         examples=tuple(examples[i] for i in trained),
         held_out=tuple(examples[i] for i in held_out),
         preview=_preview_plan(config, prompts, family, cache, text_fingerprint) if prompts else None,
-        digest=data_digest(report),
     )
 
 

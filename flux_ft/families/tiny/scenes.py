@@ -169,7 +169,7 @@ def coverage(shape: str, x: float, y: float, radius: float, size_px: int = SIZE_
         distance = np.abs(np.hypot(px, py) - 0.75 * radius) - 0.25 * radius
     else:
         distance = _polygon_distance(px, py, _OUTLINES[shape] * radius)
-    return np.clip(0.5 - distance, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(0.5 - distance, 0, 1), np.float32)
 
 
 def _polygon_distance(px: Mask, py: Mask, outline_V2: NDArray[np.float64]) -> Mask:
