@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(_name, _value)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of a CPU kernel that nobody asked for
 
 OUT_OF_MEMORY = (
     "in training: `memory.recompute: true`, `optim.batch_size: 1` with `optim.accumulate`, smaller `data.max_pixels`; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from flux_ft.config import RunConfig
@@ -80,6 +81,12 @@ def check_run(config: RunConfig) -> Checked:
             f"`model: {config.model}` is step-distilled: training it undoes the distillation",
             hint="train on flux1-dev and use the LoRA on both, or set `allow_distilled: true`",
         )
+    for tracker in config.logging.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"`logging.trackers` names {tracker}, which is not installed",
+                hint=f"pip install 'flux_ft[{tracker}]', or leave it out",
+            )
     for name in ("width", "height"):
         side = getattr(config.preview, name)
         if side is not None and side % variant.pixel_multiple:

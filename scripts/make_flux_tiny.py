@@ -470,6 +470,10 @@ def assemble(
     staging = output / "flux-tiny.partial"
     shutil.rmtree(staging, ignore_errors=True)
     pipeline.save_pretrained(staging)
+    for part in ("text_encoder", "text_encoder_2"):
+        # Without a dtype from the caller, transformers takes the config's and diffusers float32: let them agree.
+        path = staging / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     shutil.rmtree(output / "flux-tiny", ignore_errors=True)
     staging.rename(output / "flux-tiny")
 
