@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,13 +120,12 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
 
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     """accelerate's own defaults for device and processes; bfloat16 arithmetic wherever the base is bfloat16."""
-    probe = Accelerator(
+    return Accelerator(
         mixed_precision="bf16" if _wants_bf16(config) else "no",
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(folder),
     )
-    return probe
 
 
 def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -163,8 +163,6 @@ def _wants_bf16(config: RunConfig) -> bool:
 
 
 def _cpu_is_forced() -> bool:
-    import os
-
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
 
 

@@ -1,0 +1,56 @@
+"""Metrics survive a resume without a step told twice; bars say how far and how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flux_ft import log
+
+
+def rows(path: Path) -> list[dict[str, int]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_resume_drops_what_comes_after_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = log.MetricsFile(path)
+    for step in range(1, 6):
+        first.write({"step": step, "run": 1})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 6, "ru')  # cut off by a kill
+    second = log.MetricsFile(path, resume_step=3)
+    second.write({"step": 4, "run": 2})
+    second.close()
+    assert rows(path) == [{"step": s, "run": 1} for s in (1, 2, 3)] + [{"step": 4, "run": 2}]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    log.MetricsFile(path).close()
+    assert path.read_text() == ""
+
+
+def test_a_bar_without_a_terminal_prints_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with log.progress("count", 200) as bar:
+        for _ in range(200):
+            bar.advance(note="loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20
+    assert lines[-1].startswith("count 200/200")
+    assert "/s  ETA 0 s  loss 1.0" in lines[-1]
+
+
+def test_skipped_steps_do_not_count_as_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with log.Bar("train", 101) as bar:
+        bar.skip(100)
+        bar.advance()
+    assert "101/101  0.10/s" in capsys.readouterr().err
