@@ -177,7 +177,7 @@ def test_a_request_body_of_the_hosted_api_is_a_run_file() -> None:
     loaded = load(json.dumps(body, indent=1), "data=pics")
     assert loaded.config.trigger_word == "😀"
     assert "hush" not in repr(loaded) + dump_run(loaded.config) + " ".join(loaded.warnings)
-    assert [warning.split("`")[1] for warning in loaded.warnings] == ["captioning", "webhook_url", "webhook_secret"]
+    assert [warning.split("`")[1] for warning in loaded.warnings] == ["captioning", "priority", "webhook_url", "webhook_secret"]
     assert load('{"data": "x", "webhook_url": null}').warnings == []
 
 
@@ -195,9 +195,9 @@ def test_data_is_looked_for_beside_the_run_file_then_here() -> None:
 
 
 def test_data_from_the_hub_and_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/srv/someone")
     assert load("data: hf:owner/name\n").config.data.path == "hf:owner/name"
-    assert load("data: ~/pics\n").config.data.path == "/home/someone/pics"
+    assert load("data: ~/pics\n").config.data.path == "/srv/someone/pics"
     assert load("data: /abs/pics\n").config.data.path == "/abs/pics"
     assert load(f"data: {'x' * 5000}\n").config.data.path == "x" * 5000
 
@@ -276,7 +276,7 @@ def test_an_unknown_key_names_file_line_key_and_the_nearest() -> None:
         ("file_data", "`data`"),
         ("every", "`preview.every`, `validation.every` or `checkpoint.every`"),
         ("checkpoint.xyz", "`checkpoint` has the keys `every`, `keep`"),
-        ("xyz", "the keys at the top level are `model`, `data`"),
+        ("xyz", "the keys at the top level are `model`, `model_parts`, `data`"),
         ("lora.alpha", "write it as a section: `lora: {alpha: …}`"),
     ],
 )

@@ -18,13 +18,13 @@ from flux_ft.types import AdapterState, LoraLayer
 
 CONFIG = """
 model: /models/private/flux
-data: /home/jane/pictures
+data: /mnt/jane/pictures
 output: runs/my-cat
 finetune_comment: my cat
 trigger_word: TOK
 iterations: 300
 preview: {every: 50, prompts: [jane smiles, 'jane/two']}
-lora: {alpha: 16, targets: [attn, 'C:\\Users\\jane']}
+lora: {alpha: 16, targets: [attn, 'D:\\data\\jane']}
 captioning: true
 learning_rate: null
 """
@@ -43,7 +43,7 @@ INFO = ExportInfo(
     started="2026-01-02T03:04:05+00:00",
     finished="2026-01-02T04:04:05+00:00",
     config_yaml=CONFIG,
-    base_model="/home/jane/FLUX.1-dev",
+    base_model="/mnt/jane/FLUX.1-dev",
     tool_version="0.1.0",
     batch_size=2,
 )
