@@ -87,6 +87,7 @@ def attach_states(denoiser: nn.Module, adapters: Sequence[tuple[str, AdapterStat
     for module in denoiser.modules():
         if isinstance(module, PeftLoraLayer):
             module.set_adapter([name for name in names if name in module.lora_A])
+            module.requires_grad_(False)  # peft makes active adapters trainable
 
 
 def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flux_ft.errors import ConfigError, StorageError
 from flux_ft.types import AdapterState, LoraLayer
 
 MANIFEST = "manifest.json"
+FILES = {"lora.safetensors", "optimizer.pt"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-…` and remove all but the newest `keep`. Raises StorageError; older ones then stay."""
+    """Write `folder/step-…` and remove all but the newest `keep` up to it. Raises StorageError; older ones then stay."""
     target = folder / f"step-{checkpoint.step:06d}"
     staging = target.with_name(target.name + ".partial")
     try:
@@ -52,13 +54,15 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
         _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
         shutil.rmtree(staging, ignore_errors=True)
         raise StorageError(
             f"{target}: the checkpoint could not be written: {error}",
             hint="free some disk space and run again with --resume; earlier checkpoints are untouched",
         ) from error
-    for old in sorted(folder.glob("step-??????"))[:-keep]:
+    steps = sorted(folder.glob("step-??????"))
+    # What lies after this step was passed over as torn, or this step would not have been reached again.
+    for old in [*steps[: max(0, steps.index(target) + 1 - keep)], *steps[steps.index(target) + 1 :]]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -78,13 +82,17 @@ def find_fault(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when every file is as its manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, described in manifest["files"].items():
-            if not (path / name).is_file():
-                return f"{name} is missing"
-            if _describe(path / name) != described:
-                return f"{name} was altered"
-    except (OSError, ValueError, KeyError, AttributeError):
+        described = dict(manifest["files"])
+        is_ours = f"step-{manifest['step']:06d}" == path.name and isinstance(manifest["fingerprint"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is missing or unreadable"
+    if not is_ours or described.keys() != FILES:
+        return f"{MANIFEST} is not this checkpoint's"
+    for name in sorted(FILES):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _describe(path / name) != described[name]:
+            return f"{name} was altered"
     return None
 
 
