@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -207,14 +208,19 @@ def _adapter(text: str) -> Any:
     if not colon or Path(text).exists() or len(file) == 1:
         return AppliedAdapter(Path(text))
     try:
-        return AppliedAdapter(Path(file), float(strength))
-    except ValueError as error:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
         raise ConfigError(
             f"`--lora {text}`: {strength!r} is not a strength", hint="write FILE:0.8, or FILE alone for 1"
-        ) from error
+        )
+    return AppliedAdapter(Path(file), value)
 
 
 def _report(data: dict[str, Any], words: str, as_json: bool, words_are_data: bool = False) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes, the first speaks for all
     if as_json:
         print(json.dumps(data, ensure_ascii=False))
     elif words_are_data:

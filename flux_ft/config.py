@@ -170,8 +170,8 @@ class RunConfig(Section):
     model: str = Field(default="flux1-dev", min_length=1)
     """Base to train: a variant's name, a local folder, a `.safetensors` file or a Hub id; cannot be switched off."""
     model_parts: str | None = Field(default=None, min_length=1)
-    """Folder or Hub id that the autoencoder and the text encoders come from when `model` is a single file; `null` = the
-    Hub id of the model that it looks like."""
+    """Variant, folder or Hub id that the autoencoder and the text encoders come from when `model` is a single file;
+    `null` = the model that it looks like."""
     data: Annotated[DataConfig, BeforeValidator(_path_section, json_schema_input_type=str | DataConfig)]
     """The pictures: a folder, `.zip` or `hf:owner/name`, or a section; required."""
     output: str | None = Field(default=None, min_length=1)

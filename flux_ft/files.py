@@ -38,3 +38,17 @@ def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
         raise StorageError(
             f"cannot write `{path}`: {error.strerror or error}", hint="free space there, or choose another folder"
         ) from error
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Make `folder` and try it, before hours of work are spent on what cannot be stored. Raises StorageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"`{setting}: {folder}` cannot be written: {error.strerror or error}",
+            hint="choose a folder that can be written",
+        ) from error

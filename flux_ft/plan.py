@@ -70,7 +70,7 @@ class Checked:
 
 def check_run(config: RunConfig) -> Checked:
     """All of a run that can be checked without loading a model. Raises InputError; reads pictures, writes nothing."""
-    variant, _ = find_variant(config.model)
+    variant, _ = find_variant(config.model, config.model_parts)
     if config.finetune_type == "full":
         raise ConfigError(
             "`finetune_type: full` is not built yet; this version trains LoRAs",

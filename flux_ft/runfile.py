@@ -264,6 +264,8 @@ class _Reader:
     def scalar(self, node: yaml.ScalarNode, name: str) -> Any:
         tag, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
         if tag == "str":
+            if "\0" in text:
+                self.problems.append(Problem(self.where(node), f"`{name}` holds a NUL character", "take `\\0` out"))
             return _joined_surrogates(text)
         if node.style is None and tag in ("null", "bool", "int", "float"):
             return _plain_value(tag, text)

@@ -474,6 +474,10 @@ def assemble(
         # Without a dtype from the caller, transformers takes the config's and diffusers float32: let them agree.
         path = staging / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in staging.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # where the parts lay while they were made
+        path.write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(output / "flux-tiny", ignore_errors=True)
     staging.rename(output / "flux-tiny")
 

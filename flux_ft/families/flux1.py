@@ -47,11 +47,13 @@ class Flux1:
 
     def load_text(self, device: torch.device, dtype: torch.dtype) -> TextStack:
         """Both encoders, in evaluation mode. Raises ModelError when a part is missing."""
+        clip = _load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype).to(device).eval()
+        t5 = _load(T5EncoderModel, self.parts, "text_encoder_2", dtype=dtype).to(device).eval()
         return TextStack(
-            clip_tokenizer=_load(CLIPTokenizer, self.parts, "tokenizer"),
-            clip=_load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype).to(device).eval(),
-            t5_tokenizer=_load(T5TokenizerFast, self.parts, "tokenizer_2"),
-            t5=_load(T5EncoderModel, self.parts, "text_encoder_2", dtype=dtype).to(device).eval(),
+            clip_tokenizer=_load_tokenizer(CLIPTokenizer, self.parts, "tokenizer", clip.config.vocab_size),
+            clip=clip,
+            t5_tokenizer=_load_tokenizer(T5TokenizerFast, self.parts, "tokenizer_2", t5.config.vocab_size),
+            t5=t5,
         )
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -161,8 +163,9 @@ def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = Non
     if dtype is not None:
         # diffusers and transformers name the same option differently.
         options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = dtype
+        options["output_loading_info"] = True
     try:
-        return cls.from_pretrained(source, subfolder=subfolder, **options)
+        loaded = cls.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(source).is_dir():
@@ -176,12 +179,38 @@ def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = Non
             hint=f"accept the licence at https://huggingface.co/{source}, run `hf auth login`, and try again; "
             "or download the folder and give its path as `model`",
         ) from error
+    if dtype is None:
+        return loaded
+    part, info = loaded
+    if info["missing_keys"]:  # both libraries would make the missing weights up
+        raise ModelError(
+            f"{source}: `{subfolder}` lacks {len(info['missing_keys'])} tensors; first: {min(info['missing_keys'])}",
+            hint="download it again",
+        )
+    return part
+
+
+def _load_tokenizer(cls: Any, source: str, subfolder: str, vocab_size: int) -> Any:
+    """transformers makes an empty tokenizer where the vocabulary is missing, so its size is held to the encoder's."""
+    tokenizer = _load(cls, source, subfolder)
+    if len(tokenizer) < 0.9 * vocab_size:  # T5's encoder has a few rows more than its tokenizer has words
+        raise ModelError(
+            f"{source}: `{subfolder}` knows {len(tokenizer):,} tokens, its encoder {vocab_size:,}; files are missing",
+            hint="download it again",
+        )
+    return tokenizer
 
 
 def _transformer_from_file(path: Path, parts: str, dtype: torch.dtype) -> nn.Module:
     """Build the transformer that `parts` describes and fill it from one file, exactly or not at all."""
     tensors = read_single_file(path)
-    config = dict(FluxTransformer2DModel.load_config(parts, subfolder="transformer"))
+    try:
+        config = dict(FluxTransformer2DModel.load_config(parts, subfolder="transformer"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{parts}: `transformer/config.json`, which says how {path.name} is built, could not be read",
+            hint="give as `model_parts` a variant's name, a folder or a Hub id that you can reach",
+        ) from error
     config["guidance_embeds"] = any("guidance_embedder" in key for key in tensors)
     with torch.device("meta"):
         denoiser = FluxTransformer2DModel.from_config(config)
@@ -205,6 +234,8 @@ def read_single_file(path: Path) -> dict[str, Tensor]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: not a readable safetensors file: {error}", hint="download it again") from error
+    if any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):
+        raise ModelError(f"{path}: holds 8-bit weights", hint="train from the bf16 or fp16 file of the same model")
     if not layout.is_original(tensors):
         if any(key.startswith("transformer_blocks.0.attn.to_q") for key in tensors):
             return tensors
@@ -212,9 +243,9 @@ def read_single_file(path: Path) -> dict[str, Tensor]:
             f"{path}: no FLUX.1 transformer inside; its first tensor is {min(tensors, default='nothing')}",
             hint="expected a transformer in the original layout (double_blocks…, single_blocks…) or in diffusers'",
         )
-    if any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):
-        raise ModelError(f"{path}: holds 8-bit weights", hint="train from the bf16 or fp16 file of the same model")
     try:
         return layout.to_diffusers(tensors)
     except KeyError as error:
         raise ModelError(f"{path}: has a tensor that FLUX.1 does not: {error}") from error
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise ModelError(f"{path}: has a tensor of a shape that FLUX.1 does not: {error}") from error

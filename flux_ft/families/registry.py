@@ -68,7 +68,7 @@ FLUX_TINY = replace(
 VARIANTS = {variant.name: variant for variant in (FLUX_TINY, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL)}
 
 
-def find_variant(model: str) -> tuple[Variant, str]:
+def find_variant(model: str, parts: str | None = None) -> tuple[Variant, str]:
     """The variant of a `model:` entry and where its weights are: a folder, a single file, or a Hub id.
 
     Raises ModelError, naming the nearest known variant, when `model` is none of these.
@@ -82,7 +82,7 @@ def find_variant(model: str) -> tuple[Variant, str]:
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ModelError(f"{model}: no such file", hint="give the path of a FLUX.1 checkpoint")
-        return _variant_of_file(path), str(path)
+        return _variant_of_file(path, parts), str(path)
     known = [variant for variant in VARIANTS.values() if variant.source == model]
     if known:
         return known[0], model
@@ -98,11 +98,11 @@ def find_variant(model: str) -> tuple[Variant, str]:
 
 def open_family(model: str, parts: str | None = None) -> Family:
     """The family that can load `model`; nothing is loaded yet. `parts` as in `Flux1`."""
-    variant, source = find_variant(model)
+    variant, source = find_variant(model, parts)
     from flux_ft.families.flux1 import Flux1  # torch and diffusers, only now
 
     if source.endswith(".safetensors"):
-        return Flux1(variant, source, parts or variant.source)
+        return Flux1(variant, source, find_variant(parts)[1] if parts else variant.source)
     return Flux1(variant, source, source)
 
 
@@ -135,11 +135,23 @@ def _variant_of_folder(folder: Path) -> Variant:
     )
 
 
-def _variant_of_file(path: Path) -> Variant:
-    """dev or schnell, told apart by the guidance embedder, from the file's header alone."""
-    keys = safetensors_header(path)
-    guided = any("guidance" in key for key in keys)
-    return replace((FLUX1_DEV if guided else FLUX1_SCHNELL), name=path.stem, license="see the model's own")
+def _variant_of_file(path: Path, parts: str | None) -> Variant:
+    """dev or schnell, told apart by the guidance embedder, from the file's header alone; sizes are those of `parts`."""
+    guided = any("guidance" in key for key in safetensors_header(path))
+    variant = replace((FLUX1_DEV if guided else FLUX1_SCHNELL), name=path.stem, license="see the model's own")
+    sizes = find_variant(parts)[0] if parts else variant
+    if sizes.architecture != FLUX_TINY.architecture:
+        return variant
+    return replace(
+        variant,
+        architecture=sizes.architecture,
+        pixel_multiple=sizes.pixel_multiple,
+        latent_channels=sizes.latent_channels,
+        max_pixels=sizes.max_pixels,
+        sample_size_px=sizes.sample_size_px,
+        max_text_tokens=sizes.max_text_tokens,
+        default_steps=sizes.default_steps,
+    )
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

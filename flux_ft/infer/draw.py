@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flux_ft import log
+from flux_ft.files import require_writable
 from flux_ft.infer.grid import labelled_grid, save_png
 from flux_ft.infer.runner import Runner
 from flux_ft.types import AppliedAdapter
@@ -50,6 +51,7 @@ def draw_to_folder(
         for prompt in drawing.prompts
         for seed in seeds
     ]
+    require_writable(output, "--output")
     with log.progress("draw", runner.num_passes(requests)) as bar:
         images = runner.generate(requests, on_step=bar.advance)
     first = next_number(output)

@@ -97,7 +97,10 @@ def _snippet(config: RunConfig, variant: Variant, base: str, loras: Mapping[str,
     prompt = quoted(f"a photo of {config.trigger_word}" if config.trigger_word else "…")
     if variant.source.startswith("builtin:"):
         return [
-            "from flux_ft.infer.runner import AppliedAdapter, Runner",
+            "from pathlib import Path",
+            "",
+            "from flux_ft.infer.runner import Runner",
+            "from flux_ft.types import AppliedAdapter",
             "",
             f'runner = Runner("{variant.name}", [AppliedAdapter(Path("{file}"))])',
             f"runner.generate([runner.request({prompt}, seed=0)])[0].show()",

@@ -38,7 +38,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step-…` and remove all but the newest `keep` up to it. Raises StorageError; older ones then stay."""
+    """Write `folder/step-…` and remove all but the newest `keep`. Raises StorageError; older ones then stay."""
     target = folder / f"step-{checkpoint.step:06d}"
     staging = target.with_name(target.name + ".partial")
     try:
@@ -89,10 +89,11 @@ def find_fault(path: Path) -> str | None:
     if not is_ours or described.keys() != FILES:
         return f"{MANIFEST} is not this checkpoint's"
     for name in sorted(FILES):
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _describe(path / name) != described[name]:
-            return f"{name} was altered"
+        try:
+            if _describe(path / name) != described[name]:
+                return f"{name} was altered"
+        except OSError as error:
+            return f"{name} is missing or unreadable: {error.strerror}"
     return None
 
 

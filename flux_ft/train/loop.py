@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from flux_ft import flow
@@ -74,12 +75,19 @@ def train_steps(
             acts.validate(state.step)
         if done or due(state.step, config.preview.every):
             acts.preview(state.step)
-        stop = not done and acts.should_stop()
+        stop = not done and any_process(state.accelerator, acts.should_stop())
         if stop or (config.checkpoint.every is not None and (done or due(state.step, config.checkpoint.every))):
             acts.save(state.step)
         if stop:
             return False
     return True
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process raised the flag, so that all of them stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
 
 
 def due(step: int, every: int | None) -> bool:

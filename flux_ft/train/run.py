@@ -25,7 +25,7 @@ from flux_ft.data.report import write_report
 from flux_ft.errors import ConfigError, StoppedByUser, StorageError
 from flux_ft.families.base import Family
 from flux_ft.families.registry import open_family
-from flux_ft.files import write_whole
+from flux_ft.files import require_writable, write_whole
 from flux_ft.infer.grid import save_png
 from flux_ft.plan import check_run
 from flux_ft.runfile import dump_run
@@ -108,8 +108,8 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
         )
         finished = train_steps(state, family, config, data.examples, acts)
     if not finished:
+        accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
-    accelerator.end_training()
     accelerator.wait_for_everyone()
     loras, worst = export(state, config, family, data, folder, started) if accelerator.is_main_process else ({}, 0.0)
     rows = read_metrics(folder)
@@ -118,6 +118,7 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)))
     if accelerator.is_main_process:
         finish_folder(config, family, data, result, rows)
+    accelerator.end_training()
     return result
 
 
@@ -134,16 +135,7 @@ def claim_folder(folder: Path, resume: bool) -> None:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`output: {folder}` is a file", hint="choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(
-            f"`output: {folder}` cannot be written: {error.strerror or error}",
-            hint="choose a folder that can be written",
-        ) from error
+    require_writable(folder, "output")
 
 
 def only_the_cache(folder: Path) -> bool:

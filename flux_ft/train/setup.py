@@ -69,8 +69,8 @@ def prepare_data(
     """Encode what is not in `cache` yet, then read everything from it. No encoder is left in memory on return."""
     device, dtype = accelerator.device, encoder_dtype(accelerator.device)
     fingerprint = f"{family.variant.name}|{family.source}|{dtype}"
+    text_fingerprint = f"{fingerprint}|{family.variant.max_text_tokens}"
     prompts = preview_prompts(config, report) if config.preview.every else ()
-    captions = [*(one.sample.caption for one in report.placed), *prompts]
 
     def open_text_encoder() -> Any:
         stack = family.load_text(device, dtype)
@@ -81,11 +81,12 @@ def prepare_data(
         return lambda pixels: family.encode_image(vae, pixels)
 
     with accelerator.main_process_first():
-        cache_texts(captions, cache, f"{fingerprint}|{family.variant.max_text_tokens}", open_text_encoder)
+        # Prompts apart from captions: a caption's encoding must not depend on which previews share its batch.
+        for texts in ([one.sample.caption for one in report.placed], prompts):
+            cache_texts(texts, cache, text_fingerprint, open_text_encoder)
         free_memory()
         cache_latents(report.placed, cache, fingerprint, open_image_encoder)
         free_memory()
-    text_fingerprint = f"{fingerprint}|{family.variant.max_text_tokens}"
     examples = load_examples(report.placed, cache, fingerprint, text_fingerprint)
     digests = [one.sample.digest for one in report.placed]
     trained, held_out = split_holdout(digests, config.validation.fraction, config.seed)
