@@ -177,7 +177,12 @@ def test_a_request_body_of_the_hosted_api_is_a_run_file() -> None:
     loaded = load(json.dumps(body, indent=1), "data=pics")
     assert loaded.config.trigger_word == "😀"
     assert "hush" not in repr(loaded) + dump_run(loaded.config) + " ".join(loaded.warnings)
-    assert [warning.split("`")[1] for warning in loaded.warnings] == ["captioning", "priority", "webhook_url", "webhook_secret"]
+    assert [warning.split("`")[1] for warning in loaded.warnings] == [
+        "captioning",
+        "priority",
+        "webhook_url",
+        "webhook_secret",
+    ]
     assert load('{"data": "x", "webhook_url": null}').warnings == []
 
 

@@ -1,0 +1,585 @@
+"""Two ways to one place must meet: batches and accumulation, stop and resume, cache, recompute, previews, merging.
+
+All on flux-tiny in float32 on the CPU. "Exact" is bit by bit; elsewhere the tolerance says why it is not zero.
+Shapes in names: B batch, C latent channels, H W latent grid, R rank, O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor, nn
+
+from flux_ft.adapters import lora
+from flux_ft.adapters.formats import delta_weight, read_adapter, write_adapter
+from flux_ft.config import RunConfig
+from flux_ft.data.cache import cache_latents, cache_texts, load_examples
+from flux_ft.data.images import load_rgb
+from flux_ft.errors import StoppedByUser
+from flux_ft.families.base import Family
+from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.infer.sampler import initial_noise
+from flux_ft.plan import check_run
+from flux_ft.train import checkpoint, loop
+from flux_ft.train import run as run_module
+from flux_ft.train.loop import Acts, StepResult, train_steps
+from flux_ft.train.preview import write_previews
+from flux_ft.train.run import read_metrics, train
+from flux_ft.train.setup import TrainData, TrainState, make_accelerator, prepare_data, prepare_model
+from flux_ft.types import AdapterState, Batch, LoraLayer, TextCond
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+CPU, FP32 = torch.device("cpu"), torch.float32
+Settings = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> Iterator[None]:
+    """Set aside the objects of the imports, which each run's `gc.collect` would go through again: half the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by the tests of this file: pictures are encoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+class Run:
+    """One run in memory, as `flux_ft.train.run.train` puts it together, with its parts in reach."""
+
+    def __init__(self, family: Family, config: RunConfig, cache: Path) -> None:
+        self.family, self.config = family, config
+        self.accelerator = make_accelerator(config, cache)
+        assert self.accelerator.device.type == "cpu"
+        self.data: TrainData = prepare_data(config, check_run(config).report, family, self.accelerator, cache)
+        self.state: TrainState = prepare_model(config, family, self.accelerator)
+        self.results: list[StepResult] = []
+
+    def acts(self, **changed: Any) -> Acts:
+        quiet: dict[str, Any] = {
+            "log": self.results.append, "validate": lambda step: None, "preview": lambda step: None,
+            "save": lambda step: None, "should_stop": lambda: False,
+        }  # fmt: skip
+        return Acts(**(quiet | changed))
+
+    def train(self, **acts: Any) -> Run:
+        train_steps(self.state, self.family, self.config, self.data.examples, self.acts(**acts))
+        return self
+
+    def stir(self) -> Run:
+        """Give the LoRA values, since down has no gradient while up is zero."""
+        self.state_from(random_adapter(lora.read_trained(self.state.bare), seed=5))
+        return self
+
+    def state_from(self, adapter: AdapterState) -> None:
+        lora.write_trained(self.state.bare, adapter)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        layers = lora.read_trained(self.state.bare).layers
+        pairs = ((path, layer) for path, layer in layers.items())
+        return {f"{path}.{end}": t for path, one in pairs for end, t in (("down", one.down_RI), ("up", one.up_OR))}
+
+    @property
+    def losses(self) -> list[float]:
+        return [result.loss for result in self.results]
+
+
+@pytest.fixture
+def start(tiny_family: Family, run_settings: Settings, cache: Path, tmp_path: Path) -> Callable[..., Run]:
+    """`start(**overrides)`: a fresh run with these settings."""
+    return lambda **overrides: Run(tiny_family, run_settings(tmp_path, **overrides), cache)
+
+
+def random_adapter(like: AdapterState, seed: int, alpha: float | None = None, size: float = 0.2) -> AdapterState:
+    """An adapter of the same modules and ranks with random factors; ΔW is felt, and does not drown the base."""
+    rng = torch.Generator().manual_seed(seed)
+    layers = {}
+    for path, one in like.layers.items():
+        down = torch.randn(one.down_RI.shape, generator=rng) / one.down_RI.shape[1] ** 0.5
+        up = torch.randn(one.up_OR.shape, generator=rng) * size / one.rank**0.5
+        layers[path] = LoraLayer(down, up, one.alpha if alpha is None else alpha)
+    return AdapterState(layers)
+
+
+def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    odd = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not odd, f"{len(odd)} of {len(a)} tensors differ, first {odd[0]}"
+
+
+def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """‖a − b‖ / ‖a‖ over all tensors together."""
+    assert a.keys() == b.keys()
+    square = sum(float((a[key].double() - b[key].double()).square().sum()) for key in a)
+    return (square / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5
+
+
+def deltas(run: Run) -> dict[str, Tensor]:
+    return {path: delta_weight(layer) for path, layer in lora.read_trained(run.state.bare).layers.items()}
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
+    """The gradients of every step, as the optimizer is about to see them."""
+    seen: list[dict[str, Tensor]] = []
+    states: list[TrainState] = []
+    inner_step, inner_check = loop.training_step, loop.refuse_non_finite
+
+    def step(state: TrainState, *rest: Any) -> StepResult:
+        states.append(state)
+        return inner_step(state, *rest)
+
+    def check(*given: Any) -> None:
+        inner_check(*given)
+        named = states[-1].bare.named_parameters()
+        seen.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    monkeypatch.setattr(loop, "training_step", step)
+    monkeypatch.setattr(loop, "refuse_non_finite", check)
+    return seen
+
+
+# --- Batches. ---
+
+
+@pytest.mark.parametrize("split", [(1, 4), (2, 2)])
+def test_accumulated_gradients_are_the_batchs(
+    start: Callable[..., Run], gradients: list[dict[str, Tensor]], split: tuple[int, int]
+) -> None:
+    """1e-6 of the gradient's length: sums of the same products in another order."""
+    whole = start(iterations=1, optim={"batch_size": 4, "max_grad_norm": None}).stir().train()
+    size, accumulate = split
+    parts = start(iterations=1, optim={"batch_size": size, "accumulate": accumulate, "max_grad_norm": None})
+    parts.stir().train()
+    assert gap(gradients[0], gradients[1]) < 1e-6
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert parts.results[0].grad_norm == pytest.approx(whole.results[0].grad_norm, rel=1e-6)
+    assert parts.results[0].sigma == pytest.approx(whole.results[0].sigma, rel=1e-6)
+
+
+def test_accumulated_training_is_the_batchs(start: Callable[..., Run]) -> None:
+    """What three steps change in ΔW. AdamW divides each gradient by its own size, so where a gradient is nearly zero
+    its rounding error becomes a step of ordinary length; those few elements are what 1e-3 of the change allows for."""
+    whole = start(iterations=3, optim={"batch_size": 4, "accumulate": 1}).stir()
+    before = deltas(whole)
+    whole.train()
+    parts = start(iterations=3, optim={"batch_size": 1, "accumulate": 4}).stir().train()
+    other = start(iterations=3, optim={"batch_size": 4}, seed=4).stir().train()
+    changes = [{path: delta - before[path] for path, delta in deltas(run).items()} for run in (whole, parts, other)]
+    assert gap(changes[0], changes[1]) < 1e-3
+    assert gap(changes[0], changes[2]) > 0.1
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_noise_of_a_slot_does_not_depend_on_the_split(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+
+    def note(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        drawn[batch.slots] = noise_BCHW, sigma_B
+        return torch.zeros(len(sigma_B))
+
+    monkeypatch.setattr(loop, "flow_loss", note)
+    run = start()
+    squares = [i for i, one in enumerate(run.data.examples) if one.bucket.width_px == 64]
+    for slots in ((0, 1, 2, 3), (2,), (3, 1), (7,)):
+        batch = loop.collate(run.data.examples, [squares[slot % 3] for slot in slots], slots)
+        torch.manual_seed(len(slots))
+        loop.batch_loss(run.state, run.family, run.config, batch)
+    noise, sigma = drawn[0, 1, 2, 3]
+    for slots in ((2,), (3, 1)):
+        for row, slot in enumerate(slots):
+            assert torch.equal(drawn[slots][0][row], noise[slot])
+            assert torch.equal(drawn[slots][1][row], sigma[slot])
+    assert len({float(one) for one in (*sigma, *drawn[7,][1])}) == 5
+    run.state.step = 1
+    batch = loop.collate(run.data.examples, squares[:1], [2])
+    loop.batch_loss(run.state, run.family, run.config, batch)
+    assert not torch.equal(drawn[2,][0][0], noise[2])
+
+
+# --- Encoding. ---
+
+
+def test_cached_is_uncached(tiny_family: Family, run_settings: Settings, tmp_path: Path) -> None:
+    """Exact against the same calls of the encoders; 1e-6 against one picture or caption at a time."""
+    placed = check_run(run_settings(tmp_path)).report.placed
+    vae, stack = tiny_family.load_vae(CPU, FP32), tiny_family.load_text(CPU, FP32)
+    latents: dict[bytes, Tensor] = {}
+    texts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def encode_image(pixels_B3HW: Tensor) -> Tensor:
+        made = tiny_family.encode_image(vae, pixels_B3HW)
+        latents.update({one.numpy().tobytes(): latent for one, latent in zip(pixels_B3HW, made, strict=True)})
+        return made
+
+    def encode_text(captions: list[str]) -> TextCond:
+        made = tiny_family.encode_text(stack, captions)
+        texts.update(zip(captions, zip(made.embeds_BLD, made.pooled_BP, strict=True), strict=True))
+        return made
+
+    cache_texts([one.sample.caption for one in placed], tmp_path, "t", lambda: encode_text)
+    cache_latents(placed, tmp_path, "i", lambda: encode_image)
+    for one, example in zip(placed, load_examples(placed, tmp_path, "i", "t"), strict=True):
+        pixels = torch.from_numpy(load_rgb(one.sample.path, one.bucket).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+        embeds, pooled = texts[one.sample.caption]
+        assert torch.equal(example.latent_CHW, latents[pixels.numpy().tobytes()])
+        assert torch.equal(example.text.embeds_BLD[0], embeds)
+        assert torch.equal(example.text.pooled_BP[0], pooled)
+        alone, text = (
+            tiny_family.encode_image(vae, pixels[None])[0],
+            tiny_family.encode_text(stack, [one.sample.caption]),
+        )
+        torch.testing.assert_close(example.latent_CHW, alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(example.text.embeds_BLD, text.embeds_BLD, rtol=1e-5, atol=1e-6)
+
+
+def test_training_from_a_full_cache_is_training_from_an_empty_one(
+    tiny_family: Family, run_settings: Settings, tmp_path: Path
+) -> None:
+    config = run_settings(tmp_path)
+    first = Run(tiny_family, config, tmp_path / "cache").train()
+    again = Run(tiny_family, config, tmp_path / "cache").train()
+    assert_same_bits(first.weights, again.weights)
+    assert first.losses == again.losses
+
+
+def test_preview_prompts_do_not_change_the_training_texts(
+    tiny_family: Family, run_settings: Settings, tmp_path: Path
+) -> None:
+    """Exact: a prompt that shares a batch with captions in the text encoder could move them by a rounding error."""
+    quiet = Run(tiny_family, run_settings(tmp_path), tmp_path / "a").data.examples
+    prompts = ["a small white ring", "blue", "a very small thing"]
+    drawing = run_settings(tmp_path, preview={"every": 1, "prompts": prompts})
+    shown = Run(tiny_family, drawing, tmp_path / "b").data.examples
+    for one, other in zip(quiet, shown, strict=True):
+        assert torch.equal(one.text.embeds_BLD, other.text.embeds_BLD)
+        assert torch.equal(one.text.pooled_BP, other.text.pooled_BP)
+        assert torch.equal(one.latent_CHW, other.latent_CHW)
+
+
+# --- What must not touch the training. ---
+
+
+def test_recompute_changes_nothing(start: Callable[..., Run], gradients: list[dict[str, Tensor]]) -> None:
+    """Exact: the same operations on the same numbers, done twice."""
+    kept = start(iterations=3).stir().train()
+    again = start(iterations=3, memory={"recompute": True}).stir()
+    assert again.state.bare.is_gradient_checkpointing
+    again.train()
+    assert not kept.state.bare.is_gradient_checkpointing
+    assert all(gap(one, other) < 1e-6 for one, other in zip(gradients[:3], gradients[3:], strict=True))
+    assert_same_bits(kept.weights, again.weights)
+
+
+def test_previews_change_nothing(start: Callable[..., Run], tmp_path: Path) -> None:
+    preview = {"every": 1, "prompts": ["a red circle", "a star"], "steps": 1}
+    settings: dict[str, Any] = {"iterations": 3, "lora": {"dropout": 0.2}}
+    plain = start(**settings).train()
+    drawn = start(**settings, preview=preview)
+    vae = drawn.family.load_vae(CPU, FP32)
+    assert drawn.data.preview is not None
+    plan = drawn.data.preview
+    pictures: list[Path] = []
+
+    def draw(step: int) -> None:
+        accelerator = drawn.accelerator
+        pictures.extend(
+            write_previews(plan, drawn.family, drawn.state.bare, vae, tmp_path / "p", step, accelerator.autocast)
+        )
+
+    drawn.train(preview=draw)
+    assert len(pictures) == 2 * 4
+    assert all(path.is_file() for path in pictures)
+    assert drawn.state.bare.training
+    assert plain.losses == drawn.losses
+    assert_same_bits(plain.weights, drawn.weights)
+
+
+def test_the_first_preview_is_the_base_model_and_the_last_is_not(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start(preview={"every": 1, "prompts": ["a red circle"], "steps": 2})
+    vae, plan = run.family.load_vae(CPU, FP32), run.data.preview
+    assert plan is not None
+    base = run.family.load_denoiser(CPU, FP32)
+
+    def draw(denoiser: nn.Module, folder: str) -> bytes:
+        where = tmp_path / folder
+        return write_previews(plan, run.family, denoiser, vae, where, 0, run.accelerator.autocast)[0].read_bytes()
+
+    assert draw(run.state.bare, "start") == draw(base, "base")
+    run.stir()
+    assert draw(run.state.bare, "later") != draw(base, "base")
+
+
+def test_validation_changes_nothing(start: Callable[..., Run]) -> None:
+    """The same pictures are held out; only how often they are measured differs."""
+    settings: dict[str, Any] = {"iterations": 3, "lora": {"dropout": 0.2}}
+    rarely = start(**settings, validation={"fraction": 0.1, "every": 1000}).train()
+    often = start(**settings, validation={"fraction": 0.1, "every": 1})
+    assert often.data.held_out
+    rows: list[dict[str, float]] = []
+
+    def measure(step: int) -> None:
+        rows.append(loop.validation_loss(often.state, often.family, often.config, often.data.held_out))
+
+    often.train(validate=measure)
+    assert len(rows) == 4
+    assert rows[0] != rows[-1]
+    assert often.state.denoiser.training
+    assert_same_bits(rarely.weights, often.weights)
+    again = loop.validation_loss(often.state, often.family, often.config, often.data.held_out)
+    assert again == rows[-1]
+    assert all(np.isfinite(value) for value in again.values())
+
+
+def test_logging_changes_nothing(start: Callable[..., Run]) -> None:
+    """Whatever a tracker does to the global random state."""
+    plain = start(lora={"dropout": 0.2}).train()
+    loud = start(lora={"dropout": 0.2})
+
+    def log(result: StepResult) -> None:
+        loud.results.append(result)
+        torch.manual_seed(result.step)
+        torch.rand(result.step * 7)
+        np.random.seed(result.step)
+        random.seed(result.step)
+
+    loud.train(log=log)
+    assert plain.losses == loud.losses
+    assert_same_bits(plain.weights, loud.weights)
+
+
+# --- Again, and going on. ---
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_twice_is_the_same(start: Callable[..., Run], dropout: float) -> None:
+    torch.manual_seed(1)
+    first = start(lora={"dropout": dropout}).train()
+    torch.manual_seed(2)
+    second = start(lora={"dropout": dropout}).train()
+    assert first.losses == second.losses
+    assert_same_bits(first.weights, second.weights)
+
+
+def test_dropout_acts(start: Callable[..., Run]) -> None:
+    without, with_it = (start(lora={"dropout": share}).stir().train() for share in (0.0, 0.3))
+    assert without.losses[0] != with_it.losses[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumed_is_straight(start: Callable[..., Run], tmp_path: Path, dropout: float) -> None:
+    """Six steps at once, or three, a checkpoint on disk, and three more with everything loaded anew. Exact."""
+    settings: dict[str, Any] = {
+        "iterations": 6, "lora": {"dropout": dropout}, "schedule": {"name": "cosine", "warmup_steps": 2},
+    }  # fmt: skip
+    straight = start(**settings).train()
+
+    first = start(**settings)
+
+    def save(step: int) -> None:
+        made = checkpoint.Checkpoint(step, lora.read_trained(first.state.bare), first.state.optimizer.state_dict(), {})
+        checkpoint.save(tmp_path / "checkpoints", made, keep=2)
+
+    stopped = train_steps(
+        first.state, first.family, first.config, first.data.examples,
+        first.acts(save=save, should_stop=lambda: first.state.step == 3),
+    )  # fmt: skip
+    assert not stopped
+    torch.manual_seed(99)
+    second = start(**settings)
+    found, passed_over = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    assert not passed_over
+    run_module.restore(second.state, found)
+    assert second.state.step == 3
+    assert_same_bits(first.weights, second.weights)
+    second.train()
+    assert [*first.losses, *second.losses] == straight.losses
+    assert_same_bits(straight.weights, second.weights)
+    for ours, theirs in zip(
+        straight.state.optimizer.state_dict()["state"].values(),
+        second.state.optimizer.state_dict()["state"].values(), strict=True,
+    ):  # fmt: skip
+        assert_same_bits(ours, theirs)
+
+
+def test_a_stopped_and_resumed_run_leaves_what_a_straight_one_leaves(
+    run_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of `train`: files on disk, metrics without gap or double, and a damaged newest checkpoint."""
+    settings: dict[str, Any] = {
+        "iterations": 6, "preview": {"every": 3, "steps": 1, "prompts": ["a star"]}, "checkpoint": {"every": 2},
+        "validation": {"fraction": 0.2, "every": 2}, "export": {"dtype": "fp32", "formats": ["diffusers"]},
+    }  # fmt: skip
+    straight = train(run_settings(tmp_path / "straight", **settings))
+    config = run_settings(tmp_path / "stopped", **settings)
+    asked: list[int] = []
+
+    @contextmanager
+    def stop_after_five() -> Iterator[Callable[[], bool]]:
+        yield lambda: asked.append(1) is None and len(asked) == 5
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "stop_requests", stop_after_five)
+        with pytest.raises(StoppedByUser):
+            train(config)
+    newest = config.output_dir / "checkpoints" / "step-000005"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-7])
+    resumed = train(config, resume=True)
+
+    rows, expected = read_metrics(resumed.folder), read_metrics(straight.folder)
+    timings = {"step_s", "examples_per_s", "peak_gib"}
+    strip = [[{k: v for k, v in row.items() if k not in timings} for row in each] for each in (rows, expected)]
+    assert strip[0] == strip[1]
+    ours, theirs = (read_adapter(result.loras["diffusers"]).layers for result in (resumed, straight))
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        assert torch.equal(ours[path].down_RI, theirs[path].down_RI)
+        assert torch.equal(ours[path].up_OR, theirs[path].up_OR)
+    for name in ("step-000000", "step-000003", "step-000006"):
+        pictures = [result.folder / "previews" / name / "00.png" for result in (resumed, straight)]
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+# --- LoRA arithmetic. ---
+
+
+@pytest.fixture(scope="module")
+def two_adapters(tiny_family: Family) -> tuple[AdapterState, AdapterState]:
+    """Two random LoRAs of other ranks, alphas and modules; alpha is not the rank."""
+    denoiser = tiny_family.load_denoiser(CPU, FP32)
+    targets = tiny_family.lora_targets(denoiser)
+
+    def blank(paths: list[str], rank: int) -> AdapterState:
+        shapes = {path: denoiser.get_submodule(path).weight.shape for path in paths}
+        return AdapterState(
+            {path: LoraLayer(torch.zeros(rank, i), torch.zeros(o, rank), 1.0) for path, (o, i) in shapes.items()}
+        )
+
+    first = random_adapter(blank(targets, 4), 1, alpha=6.0)
+    second = random_adapter(blank([path for path in targets if ".attn." in path], 3), 2, alpha=1.5)
+    return first, second
+
+
+@pytest.fixture(scope="module")
+def probe(tiny_family: Family) -> Callable[[nn.Module], Tensor]:
+    """The velocity of a denoiser on a fixed input."""
+    stack = tiny_family.load_text(CPU, FP32)
+    text = tiny_family.encode_text(stack, ["a large red circle on a blue background", "TOK"])
+    z, sigma = initial_noise(tiny_family.latent_shape(64, 64), [0, 1]), torch.tensor([0.8, 0.3])
+
+    @torch.no_grad()
+    def velocity(denoiser: nn.Module) -> Tensor:
+        return tiny_family.predict_velocity(denoiser, z, sigma, text, 2.0)
+
+    return velocity
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.35, -0.5])
+def test_merged_is_attached(
+    tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor], strength: float
+) -> None:
+    base, attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(3))
+    lora.attach_states(attached, [("one", two_adapters[0], strength)])
+    lora.merge_state(merged, two_adapters[0], strength)
+    assert relative(probe(merged), probe(base)) > 1e-3
+    assert relative(probe(attached), probe(merged)) < 1e-5
+
+
+def test_two_attached_are_the_sum_of_two_merges(
+    tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor]
+) -> None:
+    attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
+    given = [("one", two_adapters[0], 0.8), ("two", two_adapters[1], -0.6)]
+    lora.attach_states(attached, given)
+    for name, state, strength in given:
+        lora.merge_state(merged, state, strength, name)
+    one_only = tiny_family.load_denoiser(CPU, FP32)
+    lora.merge_state(one_only, two_adapters[0], 0.8)
+    assert relative(probe(one_only), probe(merged)) > 1e-4
+    assert relative(probe(attached), probe(merged)) < 1e-5
+
+
+def test_strength_zero_is_the_base(
+    tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor]
+) -> None:
+    base, attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(3))
+    lora.attach_states(attached, [("one", two_adapters[0], 0.0), ("two", two_adapters[1], 0.0)])
+    lora.merge_state(merged, two_adapters[0], 0.0)
+    assert torch.equal(probe(attached), probe(base))
+    assert torch.equal(probe(merged), probe(base))
+
+
+def test_no_adapters_is_the_base(tiny_family: Family, probe: Callable[[nn.Module], Tensor]) -> None:
+    base, attached = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
+    lora.attach_states(attached, [])
+    assert torch.equal(probe(attached), probe(base))
+
+
+def test_a_fresh_lora_is_the_base(
+    tiny_family: Family, start: Callable[..., Run], probe: Callable[[nn.Module], Tensor]
+) -> None:
+    run = start(lora={"alpha": 9.0})
+    assert torch.equal(probe(run.state.bare), probe(tiny_family.load_denoiser(CPU, FP32)))
+
+
+def test_alpha_scales_as_strength_does(
+    tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor]
+) -> None:
+    doubled = AdapterState({path: replace(one, alpha=2 * one.alpha) for path, one in two_adapters[0].layers.items()})
+    by_alpha, by_strength = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
+    lora.attach_states(by_alpha, [("one", doubled, 0.5)])
+    lora.attach_states(by_strength, [("one", two_adapters[0], 1.0)])
+    assert torch.equal(probe(by_alpha), probe(by_strength))
+
+
+def test_trained_read_off_and_attached_anew_is_the_trained_model(
+    tiny_family: Family, start: Callable[..., Run], probe: Callable[[nn.Module], Tensor]
+) -> None:
+    run = start(lora={"alpha": 7.0}).stir().train()
+    run.state.bare.eval()
+    again = tiny_family.load_denoiser(CPU, FP32)
+    lora.attach_states(again, [("one", lora.read_trained(run.state.bare), 1.0)])
+    assert torch.equal(probe(again), probe(run.state.bare))
+
+
+def test_diffusers_draws_with_our_file_as_we_do(
+    tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor], tmp_path: Path
+) -> None:
+    """The velocity of FluxPipeline with the exported LoRA loaded, at float32, within 1e-5."""
+    for number, adapter in enumerate(two_adapters):
+        path = tmp_path / f"{number}.safetensors"
+        write_adapter(path, adapter, "diffusers", FP32, {})
+        pipe = FluxPipeline.from_pretrained(TINY_FOLDER, torch_dtype=FP32)
+        pipe.load_lora_weights(path)
+        ours = tiny_family.load_denoiser(CPU, FP32)
+        lora.attach_states(ours, [("one", read_adapter(path), 1.0)])
+        direct = tiny_family.load_denoiser(CPU, FP32)
+        lora.attach_states(direct, [("one", adapter, 1.0)])
+        assert relative(probe(pipe.transformer), probe(ours)) < 1e-5
+        assert relative(probe(direct), probe(ours)) < 1e-5
+        pipe.set_adapters(pipe.get_list_adapters()["transformer"], [0.4])
+        weaker = tiny_family.load_denoiser(CPU, FP32)
+        lora.attach_states(weaker, [("one", adapter, 0.4)])
+        assert relative(probe(pipe.transformer), probe(weaker)) < 1e-5

@@ -1,0 +1,293 @@
+"""Checkpoints: whole or not used, and an earlier one is there as long as it is needed."""
+
+import errno
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from flux_ft.errors import ConfigError, StorageError
+from flux_ft.train import checkpoint
+from flux_ft.train.checkpoint import MANIFEST, Checkpoint, find_fault, latest, require_same, save
+from flux_ft.types import AdapterState, LoraLayer
+
+FILES = ("lora.safetensors", "optimizer.pt", MANIFEST)
+
+
+def made(step: int, seed: int = 0) -> Checkpoint:
+    rng = torch.Generator().manual_seed(seed + step)
+    weight = torch.nn.Parameter(torch.randn(3, 5, generator=rng))
+    optimizer = torch.optim.AdamW([weight], lr=1e-3 * (step + 1), betas=(0.9, 0.95))
+    for _ in range(2):
+        weight.grad = torch.randn(3, 5, generator=rng)
+        optimizer.step()
+    # One `down` shared by two layers, and a view: both as training may hand them over.
+    down = torch.randn(4, 6, generator=rng)
+    layers = {
+        "transformer_blocks.0.attn.to_q": LoraLayer(down, torch.randn(6, 4, generator=rng), 2.5),
+        "transformer_blocks.0.attn.to_k": LoraLayer(down.clone(), torch.randn(4, 8, generator=rng).T, 0.1),
+    }
+    return Checkpoint(
+        step, AdapterState(layers), optimizer.state_dict(), {"seed": 3, "lora.targets": ["a", "b"], "x": None}
+    )
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.step == other.step
+    assert one.fingerprint == other.fingerprint
+    assert one.adapter.layers.keys() == other.adapter.layers.keys()
+    for path, layer in one.adapter.layers.items():
+        assert torch.equal(layer.down_RI, other.adapter.layers[path].down_RI)
+        assert torch.equal(layer.up_OR, other.adapter.layers[path].up_OR)
+        assert layer.alpha == other.adapter.layers[path].alpha
+    assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
+    for key, state in one.optimizer["state"].items():
+        assert all(torch.equal(value, other.optimizer["state"][key][name]) for name, value in state.items())
+
+
+def newest(folder: Path) -> Checkpoint:
+    found, _ = latest(folder)
+    assert found is not None
+    return found
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_loaded_is_saved(tmp_path: Path) -> None:
+    path = save(tmp_path, made(7), keep=2)
+    assert path == tmp_path / "step-000007"
+    assert names(path) == sorted(FILES)
+    found, passed_over = latest(tmp_path)
+    assert found is not None
+    assert passed_over == []
+    assert_same(found, made(7))
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert latest(tmp_path) == (None, [])
+    assert latest(tmp_path / "absent") == (None, [])
+
+
+def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (2, 10, 100, 1000):
+        save(tmp_path, made(step), keep=2)
+    assert names(tmp_path) == ["step-000100", "step-001000"]
+    assert newest(tmp_path).step == 1000
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_keep(tmp_path: Path, keep: int) -> None:
+    for step in range(1, 6):
+        save(tmp_path, made(step), keep)
+    assert names(tmp_path) == [f"step-{step:06d}" for step in range(6 - keep, 6)]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, made(4), keep=2)
+    save(tmp_path, made(4, seed=50), keep=2)
+    assert names(tmp_path) == ["step-000004"]
+    assert_same(newest(tmp_path), made(4, seed=50))
+
+
+# --- Torn. ---
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))  # what some file systems leave after a power cut
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\n{")
+
+
+DAMAGE = (truncate, empty, zeros, lengthen, Path.unlink)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, flip], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("name", FILES[:2])
+def test_a_torn_file_is_passed_over_with_a_sentence(tmp_path: Path, name: str, damage) -> None:
+    for step in (5, 10):
+        save(tmp_path, made(step), keep=2)
+    damage(tmp_path / "step-000010" / name)
+    found, passed_over = latest(tmp_path)
+    assert found is not None
+    assert_same(found, made(5))
+    assert len(passed_over) == 1
+    assert "step-000010" in passed_over[0]
+    assert name in passed_over[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_a_torn_manifest_is_passed_over_with_a_sentence(tmp_path: Path, damage) -> None:
+    for step in (5, 10):
+        save(tmp_path, made(step), keep=2)
+    damage(tmp_path / "step-000010" / MANIFEST)
+    found, passed_over = latest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert len(passed_over) == 1
+    assert MANIFEST in passed_over[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}", "[]", "null", "3", '"files"', '{"files": []}', '{"files": {}}', '{"files": {"x": {"size": 1}}}',
+        '{"step": 10, "fingerprint": {}, "files": {}}', '{"step": 10, "fingerprint": {}, "files": {"optimizer.pt": 3}}',
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_something_else_is_passed_over(tmp_path: Path, content: str) -> None:
+    for step in (5, 10):
+        save(tmp_path, made(step), keep=2)
+    (tmp_path / "step-000010" / MANIFEST).write_text(content)
+    assert newest(tmp_path).step == 5
+
+
+@pytest.mark.parametrize("key", ["step", "fingerprint", "files"])
+def test_a_manifest_that_lacks_a_key_is_passed_over(tmp_path: Path, key: str) -> None:
+    for step in (5, 10):
+        save(tmp_path, made(step), keep=2)
+    path = tmp_path / "step-000010" / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    assert newest(tmp_path).step == 5
+
+
+def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
+    save(tmp_path, made(5), keep=2)
+    shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000010")
+    assert newest(tmp_path).step == 5
+    assert find_fault(tmp_path / "step-000010") is not None
+
+
+def test_an_unfinished_one_is_not_looked_at(tmp_path: Path) -> None:
+    save(tmp_path, made(5), keep=2)
+    shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000010.partial")
+    found, passed_over = latest(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert passed_over == []
+    save(tmp_path, made(10), keep=2)
+    assert names(tmp_path) == ["step-000005", "step-000010"]
+
+
+def test_all_torn(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (save(tmp_path, made(step), keep=2) / "optimizer.pt").unlink()
+    found, passed_over = latest(tmp_path)
+    assert found is None
+    assert [sentence.split()[0] for sentence in passed_over] == ["step-000010", "step-000005"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_torn_one_never_pushes_out_the_one_just_saved(tmp_path: Path, keep: int) -> None:
+    """After a resume from step 2, torn checkpoints of steps 8 and 9 still lie there."""
+    for step in (2, 8, 9):
+        save(tmp_path, made(step), keep=3)
+    for step in (8, 9):
+        empty(tmp_path / f"step-{step:06d}" / "lora.safetensors")
+    assert newest(tmp_path).step == 2
+    save(tmp_path, made(4), keep)
+    assert newest(tmp_path).step == 4
+    save(tmp_path, made(6), keep)
+    assert newest(tmp_path).step == 6
+    whole = [path for path in tmp_path.iterdir() if find_fault(path) is None]
+    assert len(whole) == keep
+
+
+# --- A full disk. ---
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("save_file", OSError(errno.ENOSPC, "No space left on device")),
+        ("save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+        ("torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
+        ("_sync", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+    ids=["os", "safetensors", "torch", "fsync"],
+)
+def test_a_full_disk_leaves_the_earlier_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    save(tmp_path, made(5), keep=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    if where == "torch.save":
+        monkeypatch.setattr(torch, "save", full)
+    else:
+        monkeypatch.setattr(checkpoint, where, full)
+    with pytest.raises(StorageError) as caught:
+        save(tmp_path, made(10), keep=1)
+    assert "step-000010" in caught.value.message
+    assert "--resume" in (caught.value.hint or "")
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-000005"]
+    assert_same(newest(tmp_path), made(5))
+    save(tmp_path, made(10), keep=1)
+    assert newest(tmp_path).step == 10
+
+
+def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
+    """The real thing, as the operating system says it: files may hold 500 bytes here."""
+    resource = pytest.importorskip("resource", reason="POSIX only")
+    save(tmp_path, made(5), keep=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        with pytest.raises(StorageError):
+            save(tmp_path, made(10), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_same(newest(tmp_path), made(5))
+
+
+# --- Going on with the same run. ---
+
+
+def test_the_same_settings_pass() -> None:
+    require_same({"seed": 3, "x": None}, {"x": None, "seed": 3})
+    require_same({}, {})
+
+
+def test_every_changed_key_is_named_with_both_values() -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_same(
+            {"seed": 3, "lora_rank": 16, "same": 1}, {"seed": 4, "lora_rank": 8, "same": 1, "optim.name": "adamw"}
+        )
+    message = caught.value.message
+    for part in ("`seed` was 3, is now 4", "`lora_rank` was 16, is now 8", "`optim.name` was None, is now 'adamw'"):
+        assert part in message
+    assert "`same`" not in message
+
+
+def test_settings_survive_json(tmp_path: Path) -> None:
+    """Tuples become lists in the manifest; a fingerprint is made of what JSON keeps."""
+    save(tmp_path, made(1), keep=1)
+    require_same(newest(tmp_path).fingerprint, made(1).fingerprint)

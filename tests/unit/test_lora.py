@@ -1,0 +1,256 @@
+"""LoRA on a model: which linears, how they start, what is read off, and what does not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from flux_ft.adapters import lora
+from flux_ft.errors import AdapterError, ConfigError
+from flux_ft.types import AdapterState, LoraLayer
+
+LINEARS = [
+    "transformer_blocks.0.norm1.linear",
+    "transformer_blocks.0.attn.to_q",
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.ff.net.2",
+    "transformer_blocks.1.attn.to_q",
+    "transformer_blocks.10.attn.to_q",
+    "single_transformer_blocks.0.attn.to_q",
+    "single_transformer_blocks.0.proj_out",
+]
+ATTENTION = [path for path in LINEARS if ".attn." in path]
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attn = nn.ModuleDict({"to_q": nn.Linear(width, width), "to_k": nn.Linear(width, width)})
+        self.ff = nn.Linear(width, 4 * width)
+
+
+class Model(nn.Module):
+    """Names as in FLUX.1, including a path that ends another one's, and a block number that begins another's."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Block(width) for _ in range(11)])
+        self.single_transformer_blocks = nn.ModuleList([Block(width)])
+        self.requires_grad_(False)
+
+
+ALL = [name for name, module in Model().named_modules() if isinstance(module, nn.Linear)]
+Q0 = "transformer_blocks.0.attn.to_q"
+
+
+def attached(targets=ALL, rank=2, alpha=3.0, seed=0, dropout=0.0):
+    model = Model()
+    return model, lora.attach_new(model, targets, rank, alpha, dropout, seed)
+
+
+def random_state(paths, rank=2, alpha=3.0):
+    sizes = dict(Model().named_modules())
+    layers = {}
+    for path in paths:
+        out, into = sizes[path].weight.shape
+        layers[path] = LoraLayer(torch.randn(rank, into), torch.randn(out, rank), alpha)
+    return AdapterState(layers)
+
+
+# --- Choosing. ---
+
+
+@pytest.mark.parametrize(
+    ("targets", "chosen"),
+    [
+        ("blocks", LINEARS),
+        ("attention", ATTENTION),
+        ([r".*\.to_q"], [path for path in LINEARS if path.endswith("to_q")]),
+        ([r"transformer_blocks\.1\..*"], ["transformer_blocks.1.attn.to_q"]),
+        ([r"single_.*", r".*proj_out"], LINEARS[-2:]),
+        (("single_.*", r"transformer_blocks\.0\.norm1\.linear"), [LINEARS[0], *LINEARS[-2:]]),
+    ],
+)
+def test_targets_keep_the_models_order(targets, chosen):
+    assert lora.choose_targets(LINEARS, targets) == chosen
+
+
+@pytest.mark.parametrize("pattern", ["to_q", "attn", "transformer_blocks.2.*", "x_embedder"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern):
+    with pytest.raises(ConfigError) as caught:
+        lora.choose_targets(LINEARS, [r".*\.to_q", pattern])
+    assert repr(pattern) in caught.value.message
+    assert "lora.targets" in caught.value.message
+    assert "whole path" in caught.value.hint
+
+
+def test_a_broken_pattern_is_refused():
+    with pytest.raises(ConfigError, match="not a regular expression"):
+        lora.choose_targets(LINEARS, ["("])
+
+
+# --- Attaching. ---
+
+
+def test_exactly_the_targets_are_trained():
+    model, parameters = attached([Q0, "single_transformer_blocks.0.ff"])
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert len(parameters) == len(trained) == 4
+    assert {name.split(".lora_")[0] for name in trained} == {Q0, "single_transformer_blocks.0.ff"}
+    assert {id(one) for one in parameters} == {id(one) for one in model.parameters() if one.requires_grad}
+
+
+def test_a_path_that_ends_or_begins_another_is_not_confused():
+    for path in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q", "transformer_blocks.1.ff"):
+        model, _ = attached([path])
+        assert list(lora.read_trained(model).layers) == [path]
+
+
+def test_a_new_lora_changes_nothing_and_is_float32():
+    torch.manual_seed(0)
+    model = Model().bfloat16()
+    x = torch.randn(3, 8).bfloat16()
+    before = model.transformer_blocks[0].ff(x)
+    parameters = lora.attach_new(model, ALL, 2, 3.0, 0.0, 0)
+    assert torch.equal(model.transformer_blocks[0].ff(x), before)
+    assert {one.dtype for one in parameters} == {torch.float32}
+    assert all(not one.any() for one in parameters[1::2])
+    assert all(one.any() for one in parameters[::2])
+
+
+def test_down_is_uniform_within_its_bound():
+    model = Model(width=64)
+    lora.attach_new(model, ALL, 32, 32.0, 0.0, 0)
+    down = lora.read_trained(model).layers[Q0].down_RI
+    bound = 1 / 64**0.5
+    assert float(down.abs().max()) <= bound
+    assert float(down.abs().max()) > 0.98 * bound
+    assert float(down.mean()) == pytest.approx(0, abs=0.05 * bound)
+    assert float(down.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_modules_start_depends_on_seed_and_path_alone():
+    torch.manual_seed(1)
+    everything = lora.read_trained(attached(ALL)[0]).layers
+    torch.manual_seed(2)
+    alone = lora.read_trained(attached([Q0])[0]).layers
+    backwards = lora.read_trained(attached(ALL[::-1])[0]).layers
+    assert torch.equal(everything[Q0].down_RI, alone[Q0].down_RI)
+    assert all(torch.equal(everything[path].down_RI, backwards[path].down_RI) for path in ALL)
+    other_seed = lora.read_trained(attached(ALL, seed=1)[0]).layers
+    assert not torch.equal(everything[Q0].down_RI, other_seed[Q0].down_RI)
+    same_shape = [path for path in ALL if path.endswith("to_q")]
+    assert len({float(everything[path].down_RI[0, 0]) for path in same_shape}) == len(same_shape)
+
+
+def test_attaching_leaves_the_global_state_alone():
+    """peft draws nothing either, since its own initialisation is off … or it would move dropout's draws."""
+    lora_layers = lora.read_trained(attached()[0]).layers
+    torch.manual_seed(4)
+    again = lora.read_trained(attached()[0]).layers
+    assert all(torch.equal(lora_layers[path].down_RI, again[path].down_RI) for path in ALL)
+
+
+# --- Reading and writing. ---
+
+
+def test_written_is_read():
+    model, _ = attached(rank=2, alpha=3.0)
+    state = random_state(ALL)
+    lora.write_trained(model, state)
+    back = lora.read_trained(model)
+    assert back.layers.keys() == state.layers.keys()
+    for path, layer in back.layers.items():
+        assert torch.equal(layer.down_RI, state.layers[path].down_RI)
+        assert torch.equal(layer.up_OR, state.layers[path].up_OR)
+        assert layer.alpha == 3.0
+
+
+def test_what_is_read_is_a_copy():
+    model, parameters = attached([Q0])
+    state = lora.read_trained(model)
+    before = state.layers[Q0].down_RI.clone()
+    with torch.no_grad():
+        parameters[0].add_(1)
+    assert torch.equal(state.layers[Q0].down_RI, before)
+
+
+def test_parameters_stay_the_ones_the_optimizer_has():
+    model, parameters = attached()
+    lora.write_trained(model, random_state(ALL))
+    assert {id(one) for one in parameters} == {id(one) for one in model.parameters() if one.requires_grad}
+    assert all(one.requires_grad for one in parameters)
+
+
+def test_writing_what_does_not_fit_is_refused():
+    model, _ = attached([Q0])
+    with pytest.raises(AdapterError, match="first difference"):
+        lora.write_trained(model, random_state(ALL))
+    with pytest.raises(AdapterError, match="first difference"):
+        lora.write_trained(model, AdapterState({}))
+    with pytest.raises(AdapterError, match="rank 5"):
+        lora.write_trained(model, random_state([Q0], rank=5))
+
+
+# --- Finished LoRAs. ---
+
+
+def test_attached_adds_its_delta():
+    model, x = Model(), torch.randn(4, 8)
+    before = model.transformer_blocks[0].attn["to_q"](x)
+    state = random_state([Q0])
+    layer = state.layers[Q0]
+    lora.attach_states(model, [("one", state, 0.5)])
+    delta = 0.5 * layer.alpha / layer.rank * layer.up_OR @ layer.down_RI
+    torch.testing.assert_close(model.transformer_blocks[0].attn["to_q"](x), before + x @ delta.T, rtol=1e-5, atol=1e-5)
+    assert not any(one.requires_grad for one in model.parameters())
+
+
+def test_mixed_ranks_and_alphas_in_one_lora():
+    model, x = Model(), torch.randn(4, 8)
+    paths = [Q0, "transformer_blocks.0.attn.to_k", "transformer_blocks.10.attn.to_q"]
+    layers = {}
+    for number, path in enumerate(paths, start=1):
+        layers |= random_state([path], rank=number, alpha=2.0 * number + 1).layers
+    base = {path: model.get_submodule(path)(x) for path in paths}
+    lora.attach_states(model, [("one", AdapterState(layers), 1.0)])
+    for path in paths:
+        layer = layers[path]
+        expected = base[path] + x @ (layer.alpha / layer.rank * layer.up_OR @ layer.down_RI).T
+        torch.testing.assert_close(model.get_submodule(path)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_keeps_the_dtype_and_sums_in_float32():
+    model = Model().bfloat16()
+    weight = model.get_submodule(Q0).weight.clone()
+    state = random_state([Q0])
+    layer = state.layers[Q0]
+    lora.merge_state(model, state, 0.01)
+    expected = weight.float() + 0.01 * layer.alpha / layer.rank * layer.up_OR @ layer.down_RI
+    merged = model.get_submodule(Q0).weight
+    assert merged.dtype == torch.bfloat16
+    torch.testing.assert_close(merged.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_a_lora_for_another_model_is_refused_before_anything_changes():
+    good = random_state([Q0])
+    foreign = AdapterState(good.layers | {"transformer_blocks.11.attn.to_q": good.layers[Q0]})
+    layer = good.layers[Q0]
+    wide = AdapterState({Q0: replace(layer, down_RI=torch.zeros(2, 9))})
+    for state, words in ((foreign, "transformer_blocks.11.attn.to_q"), (wide, "8×9")):
+        model = Model()
+        before = model.get_submodule(Q0).weight.clone()
+        with pytest.raises(AdapterError) as caught:
+            lora.merge_state(model, state, 1.0, "mine.safetensors")
+        assert "mine.safetensors" in caught.value.message
+        assert words in caught.value.message
+        assert torch.equal(model.get_submodule(Q0).weight, before)
+        with pytest.raises(AdapterError, match=r"mine\.safetensors"):
+            lora.attach_states(model, [("mine.safetensors", state, 1.0)])
+
+
+def test_a_module_that_is_no_linear_does_not_fit():
+    layer = LoraLayer(torch.zeros(1, 8), torch.zeros(8, 1), 1.0)
+    with pytest.raises(AdapterError, match="does not have"):
+        lora.check_fit(Model(), AdapterState({"transformer_blocks.0.attn": layer}), "x")
