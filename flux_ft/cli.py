@@ -25,6 +25,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of a CPU kernel that nobody asked for
 
+LARGEST_SEED = 2**63 - 1
 OUT_OF_MEMORY = (
     "in training: `memory.recompute: true`, `optim.batch_size: 1` with `optim.accumulate`, smaller `data.max_pixels`; "
     "in drawing: a smaller --width and --height; and end other programs that use the GPU"
@@ -45,17 +46,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on s
 def main() -> None:
     """Run the command line; every expected failure is one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)  # typer turns its Exit, and Ctrl-C, into a returned code
+        if status == 130:
+            raise KeyboardInterrupt
+        if isinstance(status, int) and status:
+            sys.exit(status)
     except FluxFTError as error:
         _tell(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped at once; what was not reported as saved is lost", file=sys.stderr)
         sys.exit(130)
-    except typer.Abort:
-        sys.exit(130)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except OSError as error:  # what no room foresaw: a disk that fills up or goes away in the middle
         where = f"{error.filename}: " if error.filename else ""
         _tell(FluxFTError(f"{where}{error.strerror or error}", hint="see to the disk or the file, then run again"))
@@ -80,10 +81,11 @@ def train(
 ) -> None:
     """Train the LoRA that a run file describes; also `accelerate launch -m flux_ft train RUN.yaml`."""
     loaded = _load(run_file, overrides)
+    from flux_ft import log
     from flux_ft.train.run import train as train_run
 
-    words = [f"flux-ft train {run_file}", *(overrides or ()), "--resume"]
-    result = train_run(loaded.config, resume=resume, command=" ".join(words))
+    command = log.command("train", str(run_file), *(overrides or ()), "--resume")
+    result = train_run(loaded.config, resume=resume, command=command)
     loras = {name: str(path) for name, path in result.loras.items()}
     _report(
         {"folder": str(result.folder), "loras": loras, "steps": result.steps, "loss": result.loss,
@@ -111,13 +113,17 @@ def generate(
     model_parts: Annotated[str | None, typer.Option(help="where encoders come from if MODEL is one file")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; may be given several times")] = None,
     output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("pictures"),
-    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count on", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="the first picture's seed; the next ones count on", min=0, max=LARGEST_SEED)
+    ] = 0,
     count: Annotated[int, typer.Option(help="pictures a prompt", min=1)] = 1,
     width: Annotated[int | None, typer.Option(help="pixels", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="pixels", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="embedded guidance", min=0)] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="also write all pictures in one labelled grid.png")] = False,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="also write all pictures in one labelled grid-NNNNN.png")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,7 +143,7 @@ def quickstart(
         Path | None, typer.Option(help="a new folder for everything it makes [default: runs/quickstart, -2, -3 …]")
     ] = None,
     iterations: Annotated[int, typer.Option(help="training steps", min=1)] = 400,
-    seed: Annotated[int, typer.Option(help="seed of pictures and training", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="seed of pictures and training", min=0, max=LARGEST_SEED)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """The whole job on the built-in flux-tiny: pictures, training, before and after, scores."""
@@ -153,7 +159,7 @@ def schema() -> None:
     """Print the JSON Schema of run files, for editors."""
     from flux_ft.config import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(json_schema(), indent=2))
 
 
 @app.command()
@@ -222,7 +228,7 @@ def _report(data: dict[str, Any], words: str, as_json: bool, words_are_data: boo
     if os.environ.get("RANK", "0") != "0":
         return  # of several processes, the first speaks for all
     if as_json:
-        print(json.dumps(data, ensure_ascii=False))
+        print(json.dumps(data))  # ASCII: a pipe on Windows may not take more
     elif words_are_data:
         print(words)
     else:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +17,10 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from flux_ft.files import write_whole
+
+# Of several processes, the first speaks for all.
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def say(message: str) -> None:
@@ -23,6 +31,13 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """One warning for people."""
     console.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def command(*words: str) -> str:
+    """A call of flux-ft that can be pasted into this machine's shell, whether or not the environment is on its path."""
+    program = "flux-ft" if shutil.which("flux-ft") else str(Path(sys.executable).with_name("flux-ft"))
+    line = [program, *words]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
 
 
 @contextmanager
@@ -81,8 +96,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
-        path.write_text("".join(kept))
-        self._file: IO[str] = path.open("a", buffering=1)
+        write_whole(path, "".join(kept).encode())
+        self._file: IO[str] = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -94,4 +109,4 @@ class MetricsFile:
 def _lines(path: Path) -> Iterable[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

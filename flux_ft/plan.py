@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -96,4 +96,14 @@ def check_run(config: RunConfig) -> Checked:
             )
     cap = min(config.data.max_pixels or variant.max_pixels, variant.max_pixels)
     report = ingest(config.data.path, config.trigger_word, config.mode, cap, variant.pixel_multiple)
-    return Checked(config, variant, report)
+    return Checked(config, variant, replace(report, warnings=(*report.warnings, *_without_effect(config, variant))))
+
+
+def _without_effect(config: RunConfig, variant: Variant) -> list[str]:
+    """Settings that change nothing because of what the model is."""
+    found = []
+    if config.data.max_pixels is not None and config.data.max_pixels > variant.max_pixels:
+        found.append(f"`data.max_pixels` has no effect above {variant.name}'s {variant.max_pixels:,}")
+    if config.preview.guidance is not None and not variant.guidance_embedded:
+        found.append(f"`preview.guidance` has no effect: {variant.name} has no guidance embedding")
+    return found

@@ -64,7 +64,7 @@ def quickstart(output: Path, iterations: int = 400, seed: int = 0) -> dict[str, 
     config = RunConfig.model_validate(run_settings(output, pictures, concept, prior, iterations, seed))
 
     before = draw(Runner("flux-tiny"), [*concept, *prior], "draw before")
-    result = train(config, command=f"flux-ft train {output / 'run' / 'run.yaml'} --resume")
+    result = train(config, command=log.command("train", str(output / "run" / "run.yaml"), "--resume"))
     lora = result.loras["diffusers"]
     after = draw(Runner("flux-tiny", [AppliedAdapter(lora)]), [*concept, *prior], "draw after")
 
@@ -202,6 +202,7 @@ def before_after_grid(
 
 def summary_for_people(summary: dict[str, object], output: Path) -> str:
     """The figures and where everything is."""
+    prompt = f"a large {TRIGGER} in the center on a blue background"
     lines = [
         "",
         f"the new thing is drawn   before {summary['concept_before']:.0%}   after {summary['concept_after']:.0%}",
@@ -215,7 +216,6 @@ def summary_for_people(summary: dict[str, object], output: Path) -> str:
         f"these figures          {output / 'quickstart.json'}",
         "",
         "draw with it:",
-        f'  flux-ft generate --model flux-tiny --lora {summary["lora"]} --prompt "a large {TRIGGER} in the center on a '
-        'blue background"',
+        "  " + log.command("generate", "--model", "flux-tiny", "--lora", str(summary["lora"]), "--prompt", prompt),
     ]
     return "\n".join(lines)

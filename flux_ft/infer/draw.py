@@ -52,12 +52,14 @@ def draw_to_folder(
         for seed in seeds
     ]
     require_writable(output, "--output")
-    with log.progress("draw", runner.num_passes(requests)) as bar:
-        images = runner.generate(requests, on_step=bar.advance)
     first = next_number(output)
-    paths = [output / f"{first + index:05d}.png" for index in range(len(images))]
-    for image, request, path in zip(images, requests, paths, strict=True):
-        runner.save(image, request, path)
+    paths = [output / f"{first + index:05d}.png" for index in range(len(requests))]
+    with log.progress("draw", runner.num_passes(requests)) as bar:
+        images = runner.generate(
+            requests,
+            on_step=bar.advance,
+            on_picture=lambda row, image: runner.save(image, requests[row], paths[row]),
+        )
     sheet: Path | None = None
     if drawing.grid:
         rows = [images[i : i + drawing.count] for i in range(0, len(images), drawing.count)]

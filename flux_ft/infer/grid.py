@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flux_ft.errors import StorageError
+from flux_ft.files import write_whole
 
 MAX_LABEL_PX = 160
 """Widest label left of a row, before it is broken into lines."""
@@ -25,16 +26,9 @@ def to_image(pixels_3HW: Tensor) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """Write whole or not at all. Raises StorageError."""
-    staging = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(staging, format="PNG", pnginfo=info)
-        staging.replace(path)
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written: {error.strerror or error}",
-            hint="free some disk space, or choose another folder",
-        ) from error
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    write_whole(path, buffer.getvalue())
 
 
 def labelled_grid(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from flux_ft.infer.grid import save_png, to_image
 from flux_ft.infer.sampler import initial_noise, sample_latents
 from flux_ft.types import AppliedAdapter, TextCond
 
+DEVICE_TYPES = ("cuda", "mps", "xpu", "cpu")
+
 
 @dataclass(frozen=True)
 class ImageRequest:
@@ -37,12 +43,17 @@ class ImageRequest:
 
 
 class Runner:
-    """Draws pictures with one model and any number of LoRAs. Encoders are freed before the denoiser is loaded."""
+    """Draws pictures with one model and any number of LoRAs.
+
+    The text encoders are loaded for each call of `generate` and freed before it draws; in the first call that is before
+    the denoiser is loaded.
+    """
 
     def __init__(
         self, model: str, adapters: Sequence[AppliedAdapter] = (), device: str | None = None, parts: str | None = None
     ) -> None:
         """Raises ModelError or AdapterError before anything large is loaded where it can."""
+        self.model, self.model_parts = model, parts
         self.family = open_family(model, parts)
         self.adapters = tuple(adapters)
         self._states = [(adapter, read_adapter(adapter.path)) for adapter in adapters]
@@ -81,8 +92,12 @@ class Runner:
         requests: Sequence[ImageRequest],
         batch_size: int | None = None,
         on_step: Callable[[], None] = lambda: None,
+        on_picture: Callable[[int, Image.Image], None] = lambda row, image: None,
     ) -> list[Image.Image]:
-        """One picture a request, in order; `on_step` is called after each denoising step of each batch.
+        """One picture a request, in order.
+
+        `on_step` is called after each denoising step of each batch; `on_picture` with a request's place and its picture
+        as soon as that is finished.
 
         Requests of equal size, steps and guidance share a batch; a picture does not depend on its batch (but for
         rounding).
@@ -100,6 +115,7 @@ class Runner:
             )  # fmt: skip
             for row, pixels in zip(rows, self.family.decode_latents(vae, latents), strict=True):
                 pictures[row] = to_image(pixels)
+                on_picture(row, pictures[row])
         return [pictures[row] for row in range(len(requests))]
 
     def num_passes(self, requests: Sequence[ImageRequest], batch_size: int | None = None) -> int:
@@ -118,12 +134,13 @@ class Runner:
         """What to repeat a picture with: request, model, LoRAs by file name and hash, versions."""
         return {
             "request": asdict(request),
-            "model": self.family.variant.name,
+            "model": self.model,
+            "model_parts": self.model_parts,
             "adapters": [
-                {"file": adapter.path.name, "strength": adapter.strength,
-                 "sha256": state.metadata.get("sshs_model_hash")}
-                for adapter, state in self._states
+                {"file": adapter.path.name, "strength": adapter.strength, "sha256": file_sha256(adapter.path)}
+                for adapter in self.adapters
             ],
+            "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "flux_ft": __version__,
             "torch": torch.__version__,
@@ -152,10 +169,14 @@ class Runner:
 
 def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
     """The device to draw on and its dtype: CUDA in bfloat16, then Apple's GPU, then the CPU in float32."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = "cpu" if forced else "cuda" if has_cuda else "mps" if has_mps else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in DEVICE_TYPES:
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"`--device {name}` cannot be used here", hint="`flux-ft doctor` lists what can") from error
@@ -165,6 +186,13 @@ def pick_device(name: str | None = None) -> tuple[torch.device, torch.dtype]:
 def default_batch(family: Family) -> int:
     """Small models are drawn many at a time; a 12B one at 1 MP fills a card by itself."""
     return 32 if family.variant.max_pixels <= 128 * 128 else 1
+
+
+@cache
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a whole file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_batches(requests: Sequence[ImageRequest], batch_size: int) -> list[list[int]]:
@@ -182,6 +210,9 @@ def join_text(conds: Sequence[TextCond]) -> TextCond:
 
 
 def release_memory() -> None:
-    """Give freed GPU memory back to the driver."""
+    """Drop what nothing refers to any more, on the device too."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

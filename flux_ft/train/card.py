@@ -9,12 +9,13 @@ from typing import Any
 
 from flux_ft.config import RunConfig
 from flux_ft.families.base import Variant
+from flux_ft.families.registry import VARIANTS
 from flux_ft.files import write_whole
 from flux_ft.train.setup import TrainData
 
 
 def plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Training loss (raw and smoothed), validation loss where measured, and the learning rate, as a PNG."""
+    """Training loss (raw and smoothed) and validation loss where measured, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,9 +57,10 @@ def model_card(
     has_previews: bool,
 ) -> str:
     """The run folder's README.md, with the front matter that the Hub reads."""  # fmt: skip
-    base = variant.source if "/" in variant.source and not Path(variant.source).exists() else variant.name
+    is_on_hub = variant.name == variant.source or (variant.name in VARIANTS and "/" in variant.source)
+    base = variant.source if is_on_hub else variant.name
     front = ["---", "library_name: diffusers", "tags: [flux, lora, text-to-image, flux_ft]"]
-    if not variant.source.startswith("builtin:") and "/" in base:
+    if is_on_hub:
         front.append(f"base_model: {base}")
     if config.trigger_word:
         front.append(f"instance_prompt: {quoted(config.trigger_word)}")

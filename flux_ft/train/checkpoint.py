@@ -48,7 +48,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         torch.save(checkpoint.optimizer, staging / "optimizer.pt")
         files = {path.name: _describe(path) for path in sorted(staging.iterdir())}
         manifest = {"step": checkpoint.step, "fingerprint": checkpoint.fingerprint, "files": files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in staging.iterdir():
             _sync(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -81,7 +81,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def find_fault(path: Path) -> str | None:
     """Why the checkpoint at `path` cannot be trusted, or None when every file is as its manifest says."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         described = dict(manifest["files"])
         is_ours = f"step-{manifest['step']:06d}" == path.name and isinstance(manifest["fingerprint"], dict)
     except (OSError, ValueError, KeyError, TypeError):
@@ -109,7 +109,7 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     return Checkpoint(
         step=manifest["step"],
         adapter=_unflatten(load_file(path / "lora.safetensors")),

@@ -71,13 +71,14 @@ def train_steps(
         state.step += 1
         done = state.step == config.iterations
         acts.log(result)
+        stop = not done and any_process(state.accelerator, acts.should_stop())
+        # Saved before anything that takes long: who stops a run may not wait for its pictures.
+        if stop or (config.checkpoint.every is not None and (done or due(state.step, config.checkpoint.every))):
+            acts.save(state.step)
         if done or due(state.step, config.validation.every):
             acts.validate(state.step)
         if done or due(state.step, config.preview.every):
             acts.preview(state.step)
-        stop = not done and any_process(state.accelerator, acts.should_stop())
-        if stop or (config.checkpoint.every is not None and (done or due(state.step, config.checkpoint.every))):
-            acts.save(state.step)
         if stop:
             return False
     return True
@@ -172,12 +173,13 @@ def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: i
     """Raise NonFiniteError, naming the pictures, unless every loss and the gradient's norm are finite."""
     if math.isfinite(norm) and bool(torch.isfinite(losses).all()):
         return
-    what = "gradient" if bool(torch.isfinite(losses).all()) else "loss"
+    bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    what, which = ("loss", bad) if bad else ("gradient", names)
     raise NonFiniteError(
         f"the {what} of step {step + 1} is not a finite number; the update was not made. "
-        f"Pictures of the batch: {', '.join(dict.fromkeys(names))}",
-        hint="lower `learning_rate`, set `memory.base_precision: fp32`, or look at these pictures; "
-        "the last checkpoint is sound: go on from it with --resume",
+        f"Pictures: {', '.join(dict.fromkeys(which))}",
+        hint="look at these pictures, lower `learning_rate` or set `memory.base_precision: fp32`, and start a new run "
+        "with another `output`; going on unchanged would meet the same numbers again",
     )
 
 

@@ -30,8 +30,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:
     """Share of the peak learning rate for the update that makes `step` (0-based) into `step + 1`.
 
-    A closed form of the step, so that a resumed run needs no scheduler state. Warm-up rises linearly and ends at the
-    peak on its last step.
+    A closed form of the step, so that a resumed run needs no scheduler state. Warm-up rises linearly and reaches the
+    peak on the first step after it.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -5,18 +5,21 @@ Nothing here may touch the training: no global random state, no gradients, the d
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
 from torch import nn
 
 from flux_ft.families.base import Family
+from flux_ft.files import write_whole
 from flux_ft.infer.grid import labelled_grid, save_png, to_image
 from flux_ft.infer.sampler import initial_noise, sample_latents
 from flux_ft.types import TextCond
+
+PROMPTS_FILE = "prompts.json"
+"""Written last into a step's folder: without it the step's previews are not whole."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ class PreviewPlan:
 
 
 def write_previews(
-    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int, autocast: Any
+    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int
 ) -> list[Path]:
-    """Draw every prompt and write `folder/step-…/00.png`, …; one picture at a time, to need little memory."""
+    """Draw every prompt and write `folder/step-…/00.png`, … and the prompts; one at a time, to need little memory."""
     was_training = denoiser.training
     denoiser.eval()
     device = next(denoiser.parameters()).device
@@ -46,11 +49,11 @@ def write_previews(
     try:
         for index, cond in enumerate(plan.conds):
             noise = initial_noise(family.latent_shape(plan.width_px, plan.height_px), [plan.seed + index])
-            with torch.no_grad(), autocast():
-                latents = sample_latents(family, denoiser, noise, cond, plan.steps, plan.guidance)
+            latents = sample_latents(family, denoiser, noise, cond, plan.steps, plan.guidance)
             path = folder / f"step-{step:06d}" / f"{index:02d}.png"
             save_png(to_image(family.decode_latents(vae, latents)[0]), path)
             paths.append(path)
+        write_whole(folder / f"step-{step:06d}" / PROMPTS_FILE, json.dumps(plan.prompts).encode())
     finally:
         denoiser.train(was_training)
         vae.to("cpu")
@@ -58,8 +61,8 @@ def write_previews(
 
 
 def preview_grid(folder: Path, prompts: tuple[str, ...], max_rows: int = 8) -> Image.Image | None:
-    """All previews of a run in one picture: a row a step (evenly chosen), a column a prompt. None without previews."""
-    steps = sorted(path for path in folder.glob("step-??????") if path.is_dir())
+    """The previews of these prompts in one picture: a row a step (evenly chosen), a column a prompt. None if none."""
+    steps = sorted(path for path in folder.glob("step-??????") if _prompts_of(path) == list(prompts))
     if not steps:
         return None
     if len(steps) > max_rows:
@@ -67,3 +70,12 @@ def preview_grid(folder: Path, prompts: tuple[str, ...], max_rows: int = 8) -> I
     rows = [[Image.open(step / f"{i:02d}.png").convert("RGB") for i in range(len(prompts))] for step in steps]
     labels = ["base" if int(step.name[5:]) == 0 else f"step {int(step.name[5:])}" for step in steps]
     return labelled_grid(rows, labels, prompts)
+
+
+def _prompts_of(folder: Path) -> list[str] | None:
+    """What a step's previews were asked for; a resumed run may have other prompts than before."""
+    try:
+        prompts: list[str] = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+        return prompts
+    except (OSError, ValueError):
+        return None

@@ -27,6 +27,7 @@ from flux_ft.families.base import Family
 from flux_ft.families.registry import open_family
 from flux_ft.files import require_writable, write_whole
 from flux_ft.infer.grid import save_png
+from flux_ft.infer.runner import release_memory
 from flux_ft.plan import check_run
 from flux_ft.runfile import dump_run
 from flux_ft.train import checkpoint
@@ -37,7 +38,6 @@ from flux_ft.train.setup import (
     TrainData,
     TrainState,
     data_digest,
-    free_memory,
     make_accelerator,
     prepare_data,
     prepare_model,
@@ -46,9 +46,13 @@ from flux_ft.types import DatasetReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
-NOT_PART_OF_THE_STATE = ("iterations", "output", "finetune_comment", "preview", "validation.every", "checkpoint",
-                         "export", "logging", "webhook_url", "webhook_secret")  # fmt: skip
-"""Settings that may change between a stop and a resume: they do not touch what is learned from here on."""
+FREE_TO_CHANGE = {
+    *("output", "finetune_comment", "preview", "validation.every", "checkpoint", "export", "logging", "captioning"),
+    *("webhook_url", "webhook_secret", "data.path", "memory.recompute"),
+    *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate"),
+}
+"""Settings that may change between a stop and a resume. What matters of the last row is told by `run_fingerprint`; the
+pictures may move, since their digest tells them."""
 
 
 @dataclass(frozen=True)
@@ -76,28 +80,28 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     report = check_run(config).report
     folder = config.output_dir
     family = open_family(config.model, config.model_parts)
-    fingerprint = run_fingerprint(config, report)
     accelerator = make_accelerator(config, folder)
+    fingerprint = run_fingerprint(config, report, accelerator.num_processes)
     found: checkpoint.Checkpoint | None = None
     if accelerator.is_main_process:
         claim_folder(folder, resume)
     accelerator.wait_for_everyone()
     if resume:
-        found = find_checkpoint(folder / "checkpoints", fingerprint)
+        found = find_checkpoint(folder, fingerprint, config)
     if accelerator.is_main_process:
         write_whole(folder / "run.yaml", dump_run(config).encode())
         write_report(report, folder)
         for warning in report.warnings:
             log.warn(warning)
     data = prepare_data(config, report, family, accelerator, folder / "cache")
-    free_memory()
+    release_memory()
     state = prepare_model(config, family, accelerator)
     require_space(folder, state, config)
     if found is not None:
         restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
-    if accelerator.trackers or config.logging.trackers:
-        accelerator.init_trackers("trackers")
+    if config.logging.trackers:
+        accelerator.init_trackers("flux_ft", init_kwargs={"wandb": {"name": config.slug, "dir": str(folder)}})
     with stop_requests() as should_stop, Recorder(folder, state, config) as recorder:
         acts = Acts(
             log=recorder.step,
@@ -139,15 +143,24 @@ def claim_folder(folder: Path, resume: bool) -> None:
 
 
 def only_the_cache(folder: Path) -> bool:
-    """Whether an earlier start got no further than the cache and its reports, so that nothing can be lost."""
-    return {path.name for path in folder.iterdir()} <= {"cache", "run.yaml", "report.json", "report.html"}
+    """Whether an earlier start got no further than its first step, so that nothing can be lost.
+
+    Too little memory shows in the first step: the mended run must be able to start again.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if not names <= {"cache", "run.yaml", "report.json", "report.html", "metrics.jsonl", "previews"}:
+        return False
+    metrics, previews = folder / "metrics.jsonl", folder / "previews"
+    steps_done = metrics.is_file() and any('"loss"' in line for line in metrics.open(encoding="utf-8"))
+    return not steps_done and {path.name for path in previews.glob("*")} <= {"step-000000"}
 
 
 def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
     """Raise StorageError unless checkpoints, exports and pictures will fit."""
     weights = sum(parameter.numel() for parameter in state.parameters)
     checkpoint_bytes = weights * 12  # float32 weight and two moments
-    need = checkpoint_bytes * (config.checkpoint.keep + 1) + weights * 4 * len(config.export.formats) + 20_000_000
+    exports = weights * 4 * 2.6  # both files; fused block-diagonally, the kohya file holds 1.6 times the numbers
+    need = checkpoint_bytes * (config.checkpoint.keep + 1) + exports + 20_000_000
     free = shutil.disk_usage(folder).free
     if free < need:
         raise StorageError(
@@ -156,30 +169,45 @@ def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
         )
 
 
-def run_fingerprint(config: RunConfig, report: DatasetReport) -> dict[str, Any]:
-    """What must not change between a stop and a resume: settings by dotted key, and the data's digest."""
-    flat: dict[str, Any] = {"data digest": data_digest(report), "learning rate": config.resolved_learning_rate}
-    for key, value in json.loads(config.model_dump_json()).items():
-        inner = value if isinstance(value, dict) else None
-        pairs = {f"{key}.{name}": v for name, v in inner.items()} if inner is not None else {key: value}
-        flat |= {
-            name: v
-            for name, v in pairs.items()
-            if name not in NOT_PART_OF_THE_STATE and key not in NOT_PART_OF_THE_STATE
-        }
-    flat.pop("data.path", None)  # the pictures may move; their digest may not change
-    return flat
+def run_fingerprint(config: RunConfig, report: DatasetReport, world: int) -> dict[str, Any]:
+    """What must not change between a stop and a resume: settings by dotted key, and what follows from several."""
+    facts: dict[str, Any] = {
+        "data digest": data_digest(report),
+        "learning rate": config.resolved_learning_rate,
+        "pictures per step": config.optim.batch_size * config.optim.accumulate * world,
+    }
+    if config.schedule.name != "constant":  # then the rate of every step depends on how many there are
+        facts["iterations"] = config.iterations
+    for key, value in json.loads(config.model_dump_json(exclude=FREE_TO_CHANGE & set(RunConfig.model_fields))).items():
+        settings = (
+            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        )
+        facts |= {name: setting for name, setting in settings.items() if name not in FREE_TO_CHANGE}
+    return facts
 
 
-def find_checkpoint(folder: Path, fingerprint: dict[str, Any]) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, or None, which is said. Raises ConfigError when it belongs to another run."""
-    found, passed_over = checkpoint.latest(folder)
+def find_checkpoint(folder: Path, fingerprint: dict[str, Any], config: RunConfig) -> checkpoint.Checkpoint | None:
+    """The run folder's newest whole checkpoint, or None, which is said.
+
+    Raises ConfigError when it belongs to another run, or when there is none and a finished LoRA would be lost.
+    """
+    found, passed_over = checkpoint.latest(folder / "checkpoints")
     for sentence in passed_over:
         log.warn(sentence)
     if found is None:
+        if any(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"`output: {folder}` holds a finished LoRA and no checkpoint to go on from",
+                hint="choose another `output`",
+            )
         log.warn(f"no whole checkpoint in {folder}; starting from step 0")
         return None
     checkpoint.require_same(found.fingerprint, fingerprint)
+    if found.step > config.iterations:
+        raise ConfigError(
+            f"`iterations` is {config.iterations}, but the run in {folder} is at step {found.step} already",
+            hint=f"set `iterations` to {found.step} or more, or choose another `output`",
+        )
     return found
 
 
@@ -272,7 +300,7 @@ def _preview(
 ) -> None:
     if data.preview is not None and vae is not None and state.accelerator.is_main_process:
         write_previews(
-            data.preview, family, state.bare, vae, folder / "previews", step, state.accelerator.autocast
+            data.preview, family, state.bare, vae, folder / "previews", step
         )  # fmt: skip
 
 
@@ -323,7 +351,7 @@ def export(
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def finish_folder(

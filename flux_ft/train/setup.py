@@ -6,16 +6,16 @@ is the denoiser loaded.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 from flux_ft import log
@@ -24,6 +24,7 @@ from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples, load_text
 from flux_ft.data.loader import split_holdout
 from flux_ft.families.base import Family
+from flux_ft.infer.runner import release_memory
 from flux_ft.train.optim import OPTIMIZERS
 from flux_ft.train.preview import PreviewPlan
 from flux_ft.types import CachedExample, DatasetReport
@@ -40,7 +41,7 @@ class TrainState:
     denoiser: nn.Module
     """As prepared by accelerate: call this one."""
     bare: nn.Module
-    """The same denoiser without accelerate's wrapping: read and draw with this one."""
+    """The same denoiser without a wrapper for several processes: read and draw with this one."""
     parameters: list[nn.Parameter]
     optimizer: Any
     step: int = 0
@@ -68,8 +69,7 @@ def prepare_data(
 ) -> TrainData:
     """Encode what is not in `cache` yet, then read everything from it. No encoder is left in memory on return."""
     device, dtype = accelerator.device, encoder_dtype(accelerator.device)
-    fingerprint = f"{family.variant.name}|{family.source}|{dtype}"
-    text_fingerprint = f"{fingerprint}|{family.variant.max_text_tokens}"
+    fingerprint = f"{family.encoders_identity}|{dtype}"
     prompts = preview_prompts(config, report) if config.preview.every else ()
 
     def open_text_encoder() -> Any:
@@ -83,18 +83,18 @@ def prepare_data(
     with accelerator.main_process_first():
         # Prompts apart from captions: a caption's encoding must not depend on which previews share its batch.
         for texts in ([one.sample.caption for one in report.placed], prompts):
-            cache_texts(texts, cache, text_fingerprint, open_text_encoder)
-        free_memory()
+            cache_texts(texts, cache, fingerprint, open_text_encoder)
+        release_memory()
         cache_latents(report.placed, cache, fingerprint, open_image_encoder)
-        free_memory()
-    examples = load_examples(report.placed, cache, fingerprint, text_fingerprint)
+        release_memory()
+    examples = load_examples(report.placed, cache, fingerprint, fingerprint)
     digests = [one.sample.digest for one in report.placed]
     trained, held_out = split_holdout(digests, config.validation.fraction, config.seed)
     return TrainData(
         report=report,
         examples=tuple(examples[i] for i in trained),
         held_out=tuple(examples[i] for i in held_out),
-        preview=_preview_plan(config, prompts, family, cache, text_fingerprint) if prompts else None,
+        preview=_preview_plan(config, prompts, family, cache, fingerprint) if prompts else None,
     )
 
 
@@ -114,6 +114,8 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
         f"LoRA rank {config.lora_rank} on {len(targets)} linears: {trained:,} of {size:,} weights are trained"
         + ("; activations are recomputed" if recompute else "")
     )
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what is measured from here on is the training
     optimizer = OPTIMIZERS[config.optim.name](parameters, config.resolved_learning_rate, config.optim)
     prepared, optimizer = accelerator.prepare(denoiser, optimizer)
     return TrainState(accelerator, prepared, denoiser, parameters, optimizer)
@@ -126,6 +128,8 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(folder),
+        # The first process encodes and draws while the others wait: ten minutes, the default, is too short for that.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
     )
 
 
@@ -150,13 +154,6 @@ def data_digest(report: DatasetReport) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def free_memory() -> None:
-    """Drop what nothing refers to any more, on the device too."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _wants_bf16(config: RunConfig) -> bool:
     if config.memory.base_precision != "auto":
         return config.memory.base_precision == "bf16"
@@ -168,12 +165,12 @@ def _cpu_is_forced() -> bool:
 
 
 def _preview_plan(
-    config: RunConfig, prompts: Sequence[str], family: Family, cache: Path, text_fingerprint: str
+    config: RunConfig, prompts: Sequence[str], family: Family, cache: Path, fingerprint: str
 ) -> PreviewPlan:
     variant, preview = family.variant, config.preview
     return PreviewPlan(
         prompts=tuple(prompts),
-        conds=tuple(load_text(prompt, cache, text_fingerprint) for prompt in prompts),
+        conds=tuple(load_text(prompt, cache, fingerprint) for prompt in prompts),
         seed=preview.seed,
         width_px=preview.width or variant.sample_size_px,
         height_px=preview.height or variant.sample_size_px,

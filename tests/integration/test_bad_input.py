@@ -341,7 +341,7 @@ class TestNotFinite:
         before = hashes(out)
         done = run_here(capsys, "train", run_file, f"output={tmp_path / 'poisoned'}", "optim.batch_size=2")
         assert_refused(done, "step 1", "the update was not made", code=1)
-        named = done.stderr.split("Pictures of the batch: ")[1].splitlines()[0].split(", ")
+        named = done.stderr.split("Pictures: ")[1].splitlines()[0].split(", ")
         assert len(named) == 2
         assert set(named) <= {f"{index:02d}.png" for index in range(6)}
         assert trained_steps(tmp_path / "poisoned") == []

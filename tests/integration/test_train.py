@@ -54,7 +54,7 @@ FILES = {
     "run.yaml", "report.json", "report.html", "metrics.jsonl", "README.md", "loss.png", "previews.png",
     "my-thing.safetensors", "my-thing-comfyui.safetensors",
 }  # fmt: skip
-FOLDERS = {"cache", "checkpoints", "previews", "trackers"}
+FOLDERS = {"cache", "checkpoints", "previews", "flux_ft"}
 DIFFUSERS, KOHYA = "my-thing.safetensors", "my-thing-comfyui.safetensors"
 
 
@@ -188,7 +188,7 @@ class TestRunFolder:
         assert steps == ["step-000000", "step-000006", "step-000012"]
         for step in steps:
             names = sorted(path.name for path in (straight.folder / "previews" / step).iterdir())
-            assert names == ["00.png", "01.png"]
+            assert names == ["00.png", "01.png", "prompts.json"]
             with Image.open(straight.folder / "previews" / step / "00.png") as picture:
                 assert picture.size == (64, 64)
 
@@ -203,7 +203,7 @@ class TestRunFolder:
             assert find_fault(one) is None
 
     def test_tensorboard_was_told(self, straight: Run) -> None:
-        assert list((straight.folder / "trackers").rglob("events.out.tfevents.*"))
+        assert list((straight.folder / "flux_ft").rglob("events.out.tfevents.*"))
 
     def test_card_shows_its_pictures(self, straight: Run) -> None:
         card = (straight.folder / "README.md").read_text(encoding="utf-8")

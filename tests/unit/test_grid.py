@@ -55,7 +55,7 @@ def test_a_full_disk_is_told_and_leaves_the_old_picture(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StorageError, match=r"a\.png.*No space left"):
         save_png(colour(BLUE), path)
     monkeypatch.undo()
