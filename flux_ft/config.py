@@ -52,8 +52,8 @@ class DataConfig(Section):
     """Where the pictures are; a plain text stands for `path`."""
 
     path: str = Field(min_length=1)
-    """Folder, `.zip` file or `hf:owner/name`, looked for beside the run file and then in the current directory;
-    required."""
+    """Folder of pictures (`.zip` and `hf:` are not read yet), looked for beside the run file and then in the current
+    directory; required."""
     max_pixels: int | None = Field(default=None, ge=SMALLEST_MAX_PIXELS)
     """Largest picture area in pixels (width × height), larger pictures are reduced; `null` = the model's own cap."""
 
@@ -114,7 +114,7 @@ class PreviewConfig(Section):
     every: int | None = Field(default=100, ge=1)
     """Optimizer steps between previews; `null` switches them off."""
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """One picture per prompt; an empty list = prompts made from the trigger word."""
+    """One picture per prompt; an empty list = the first three different captions of the training pictures."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the previews' noise, which does not touch training; cannot be switched off."""
     steps: int | None = Field(default=None, ge=1)
@@ -173,7 +173,7 @@ class RunConfig(Section):
     """Variant, folder or Hub id that the autoencoder and the text encoders come from when `model` is a single file;
     `null` = the model that it looks like."""
     data: Annotated[DataConfig, BeforeValidator(_path_section, json_schema_input_type=str | DataConfig)]
-    """The pictures: a folder, `.zip` or `hf:owner/name`, or a section; required."""
+    """The pictures: a folder, or a section; required."""
     output: str | None = Field(default=None, min_length=1)
     """The run folder; `null` = `runs/` and a short form of `finetune_comment`, or of the data's name without one."""
     finetune_comment: str = ""
@@ -335,7 +335,7 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
     (
         ("captioning",),
         lambda run: run.captioning,
-        "there is no captioner yet, so a picture without a `.txt` gets the trigger word alone",
+        "there is no captioner yet, so a picture without a `.txt` gets the plain caption of its `mode`",
     ),
     (
         ("priority",),

@@ -35,6 +35,8 @@ class Variant:
     default_steps: int
     default_guidance: float
     guidance_embedded: bool = True
+    shifted: bool = True
+    """Whether inference shifts sigmas with the resolution; schnell was made without."""
     distilled: bool = False
     """Step-distilled bases lose their speed-up when trained, so they are refused unless the user says so."""
     license: str = ""
@@ -51,6 +53,11 @@ class Family(Protocol):
 
     @property
     def source(self) -> str: ...
+
+    @property
+    def encoders_identity(self) -> str:
+        """What cached latents and texts depend on: where the encoders are and, if that is here, their files."""
+        ...
 
     def load_text(self, device: torch.device, dtype: torch.dtype) -> Any:
         """Tokenizers and encoders; drop the returned object to free them."""

@@ -45,6 +45,18 @@ class Flux1:
     source: str
     parts: str
 
+    @property
+    def encoders_identity(self) -> str:
+        """Sizes and times of the local files too: weights may change under the same path."""
+        folder = Path(self.parts)
+        facts = [
+            f"{path.relative_to(folder).as_posix()}:{path.stat().st_size}:{path.stat().st_mtime_ns}"
+            for name in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+            for path in sorted((folder / name).glob("*"))
+            if path.is_file()
+        ]
+        return "|".join([self.variant.family, self.parts, str(self.variant.max_text_tokens), *facts])
+
     def load_text(self, device: torch.device, dtype: torch.dtype) -> TextStack:
         """Both encoders, in evaluation mode. Raises ModelError when a part is missing."""
         clip = _load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype).to(device).eval()
@@ -67,7 +79,21 @@ class Flux1:
             denoiser = _transformer_from_file(Path(self.source), self.parts, dtype)
         else:
             denoiser = _load(FluxTransformer2DModel, self.source, "transformer", dtype=dtype)
+        self._require_fit(denoiser.config)
         return denoiser.to(device).eval().requires_grad_(False)
+
+    def _require_fit(self, config: Any) -> None:
+        channels = 4 * self.variant.latent_channels
+        if config.in_channels != channels:
+            raise ModelError(
+                f"{self.source}: takes {config.in_channels} channels a token, text-to-image models take {channels}",
+                hint="Fill, Depth and Canny checkpoints cannot be trained yet; use flux1-dev",
+            )
+        if bool(config.guidance_embeds) != self.variant.guidance_embedded:
+            raise ModelError(
+                f"{self.source}: has no guidance embedding, as step-distilled models have none",
+                hint="train on flux1-dev; or download this one, give the folder, and set `allow_distilled: true`",
+            )
 
     @torch.no_grad()
     def encode_text(self, stack: TextStack, captions: list[str]) -> TextCond:
@@ -90,9 +116,9 @@ class Flux1:
 
     @torch.no_grad()
     def encode_image(self, vae: Any, pixels_B3HW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] to normalised latents_BCHW (the posterior's mean)."""
+        """Pixels in [-1, 1] to normalised latents_BCHW, float32 (the posterior's mean)."""
         weight = next(vae.parameters())
-        latents = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist.mode()
+        latents = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist.mode().float()
         return cast(Tensor, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
 
     @torch.no_grad()
@@ -109,8 +135,8 @@ class Flux1:
         return self.variant.latent_channels, height_px // scale, width_px // scale
 
     def shift_mu(self, latent_height: int, latent_width: int) -> float:
-        """The sigma shift of inference at this size. schnell was trained without one."""
-        return 0.0 if self.variant.distilled else flow.resolution_mu(latent_height * latent_width // 4)
+        """The sigma shift of inference at this size."""
+        return flow.resolution_mu(latent_height * latent_width // 4) if self.variant.shifted else 0.0
 
     def predict_velocity(
         self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
@@ -154,8 +180,9 @@ def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
 
 def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """(rows·columns, 3): an unused axis, the row and the column of each token."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).to(device, torch.float32)
+    axes = [torch.arange(count, device=device, dtype=torch.float32) for count in (rows, columns)]
+    row, column = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
 
 
 def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
@@ -171,8 +198,7 @@ def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = Non
         if Path(source).is_dir():
             raise ModelError(
                 f"{source}: `{subfolder}` could not be loaded: {first_line}",
-                hint="the folder must be a whole FLUX.1 model in the diffusers layout, as `huggingface-cli download` "
-                "writes it",
+                hint="the folder must be a whole FLUX.1 model in the diffusers layout, as `hf download` writes it",
             ) from error
         raise ModelError(
             f"{source}: `{subfolder}` could not be fetched from the Hub: {first_line}",

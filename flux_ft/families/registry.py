@@ -46,6 +46,7 @@ FLUX1_SCHNELL = replace(
     default_steps=4,
     default_guidance=0.0,
     guidance_embedded=False,
+    shifted=False,
     distilled=True,
     license="Apache-2.0",
     architecture="flux-1-schnell/lora",
@@ -61,6 +62,7 @@ FLUX_TINY = replace(
     sample_size_px=64,
     max_text_tokens=32,
     default_steps=20,
+    default_guidance=2.0,
     license="Apache-2.0",
     architecture="flux-tiny/lora",
     summary="the real FLUX.1 classes at toy size, shipped with flux_ft; needs no GPU",
@@ -117,8 +119,16 @@ def _variant_of_folder(folder: Path) -> Variant:
     guided = bool(transformer.get("guidance_embeds", False))
     base = FLUX1_DEV if guided else FLUX1_SCHNELL
     multiple = 2 ** len(vae.get("block_out_channels", (1, 1, 1, 1)))
+    if int(transformer.get("in_channels", 64)) != 4 * int(vae.get("latent_channels", 16)):
+        raise ModelError(
+            f"{folder}: takes {transformer['in_channels']} channels a token, which is not text-to-image",
+            hint="Fill, Depth and Canny checkpoints cannot be trained yet; use flux1-dev",
+        )
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _json(scheduler_file) if scheduler_file.is_file() else {}
     variant = replace(
         base, name=folder.name, source=str(folder), pixel_multiple=multiple,
+        shifted=bool(scheduler.get("use_dynamic_shifting", guided)),
         latent_channels=int(vae.get("latent_channels", 16)), license="see the model's own",
     )  # fmt: skip
     if int(transformer.get("num_attention_heads", 24)) * int(transformer.get("attention_head_dim", 128)) == 3072:
@@ -138,7 +148,7 @@ def _variant_of_folder(folder: Path) -> Variant:
 def _variant_of_file(path: Path, parts: str | None) -> Variant:
     """dev or schnell, told apart by the guidance embedder, from the file's header alone; sizes are those of `parts`."""
     guided = any("guidance" in key for key in safetensors_header(path))
-    variant = replace((FLUX1_DEV if guided else FLUX1_SCHNELL), name=path.stem, license="see the model's own")
+    variant = replace(FLUX1_DEV if guided else FLUX1_SCHNELL, name=path.stem, license="see the model's own")
     sizes = find_variant(parts)[0] if parts else variant
     if sizes.architecture != FLUX_TINY.architecture:
         return variant
