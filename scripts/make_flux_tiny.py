@@ -1,19 +1,22 @@
 """Make flux-tiny's weights again, from nothing: `python scripts/make_flux_tiny.py --output DIR`.
 
-Four stages, each of which saves itself and is skipped when it is there already:
+Five stages, each of which saves itself and is skipped when it is there already:
   tokenizers    a CLIP and a T5 vocabulary of the world's words, with single characters for every other word
   autoencoder   AutoencoderKL on scenes and random collages
   text          CLIP and T5 learn to say each attribute of a scene from its caption (so that word order is in the
                 embeddings: which colour is the figure's and which the ground's), then are frozen
   transformer   FluxTransformer2DModel by flow matching on (caption, latent) pairs, averaged weights kept
+  guided        classifier-free guidance distilled into the guidance embedding, as FLUX.1-dev's was
 
 Training never shows the (shape, colour, background) triples that `scenes.is_held_out` names; the score is taken on
-them. Runs on CPU or CUDA, in bfloat16 where that is fast; interrupted, it goes on from its last checkpoint.
+them. Runs on CPU or CUDA in bfloat16; interrupted, it goes on after the last finished stage, in the transformer after
+its last thousand steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -21,11 +24,13 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # glibc hands large buffers back to the kernel at every free; keeping them is up to 4x faster for small conv nets.
-if os.environ.get("MALLOC_MMAP_MAX_") is None and os.name == "posix":
+if __name__ == "__main__" and sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -38,6 +43,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from flux_ft import flow
+from flux_ft.families.flux1 import pack, position_ids
+from flux_ft.families.registry import FLUX_TINY
 from flux_ft.families.tiny.reader import SceneReader
 from flux_ft.families.tiny.scenes import (
     COLORS,
@@ -52,6 +59,7 @@ from flux_ft.families.tiny.scenes import (
     is_held_out,
     render,
 )
+from flux_ft.train.optim import set_rate
 
 TEXT_TOKENS = 32
 """T5 length that the transformer mostly sees; a tenth of its steps use longer ones, up to the pipeline's 512."""
@@ -69,9 +77,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae-steps", type=int, default=8000)
+    parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=12000, help="transformer steps")
+    parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
+    parser.add_argument("--guided-steps", type=int, default=1500, help="steps of guidance distillation")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--no-compile", action="store_true")
@@ -83,17 +92,27 @@ def main() -> None:
     make_tokenizers(args.output)
     vae = make_autoencoder(args.output, args.vae_steps, device, args.seed)
     clip, t5 = make_text_encoders(args.output, args.text_steps, device, args.seed)
-    transformer = make_transformer(args, vae, clip, t5, device)
-    assemble(args.output, vae, clip, t5, transformer)
+    world = World(args.output, vae, clip, t5, device, args.seed)
+    guided = make_guided(args, world, make_transformer(args, world))
+    assemble(args.output, world, guided)
     for text_tokens in (TEXT_TOKENS, 512):
-        report(args.output, score(args.output / "flux-tiny", text_tokens, device, args.seed), text_tokens=text_tokens)
+        scores = score(args.output / "flux-tiny", text_tokens, device, args.seed)
+        report(args.output, scores, f"finished, T5 length {text_tokens}", args.guided_steps)
 
 
-def report(output: Path, scores: dict[str, float], **where: int) -> None:
-    line = {**where, **{name: round(value, 4) for name, value in scores.items()}}
-    with (output / "scores.jsonl").open("a") as log:
+def report(output: Path, scores: dict[str, float], stage: str, step: int) -> None:
+    line = {"stage": stage, "step": step, **{name: round(value, 4) for name, value in scores.items()}}
+    with (output / "scores.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
     print("score", line, flush=True)
+
+
+def save_whole(part: Any, folder: Path) -> None:
+    """A folder that exists is a finished one: a stage that was cut off is made again."""
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    part.save_pretrained(staging)
+    staging.rename(folder)
 
 
 # ── tokenizers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -106,14 +125,14 @@ def vocabulary() -> list[str]:
 
 
 def make_tokenizers(output: Path) -> None:
-    if (output / "tokenizer_2").exists():
+    if (output / "tokenizer").exists():
         return
     words = vocabulary()
     characters = [c for c in string.printable if not c.isspace()]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces += [("▁" + word, -5.0) for word in words if len(word) > 1]
     pieces += [("▁", -9.0), *((c, -10.0) for c in characters), *(("▁" + c, -10.0) for c in characters)]
-    T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512).save_pretrained(output / "tokenizer_2")
+    save_whole(T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512), output / "tokenizer_2")
 
     # BPE merges that make each of the world's words one token: train on those words alone.
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -124,7 +143,7 @@ def make_tokenizers(output: Path) -> None:
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77).save_pretrained(output / "tokenizer")
+    save_whole(CLIPTokenizer(vocab=ids, merges=merges, model_max_length=77), output / "tokenizer")
 
 
 # ── autoencoder ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,7 +214,7 @@ def make_autoencoder(output: Path, steps: int, device: torch.device, seed: int, 
             [vae.encode(to_pixels(pool[i : i + 100], device)).latent_dist.mean for i in range(0, 2000, 100)]
         )
     vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
-    vae.save_pretrained(folder)
+    save_whole(vae, folder)
     return vae
 
 
@@ -298,8 +317,8 @@ def make_text_encoders(
             worst = min(clip_right.values()), min(t5_right.values())
             print(f"text {step}/{steps} clip {float(clip_loss):.4f} t5 {float(t5_loss):.4f} same {float(same):.3f} "
                   f"worst right: clip {worst[0]:.3f} t5 {worst[1]:.3f}", flush=True)  # fmt: skip
-    clip.eval().save_pretrained(output / "text_encoder")
-    t5.eval().save_pretrained(output / "text_encoder_2")
+    save_whole(clip.eval(), output / "text_encoder")
+    save_whole(t5.eval(), output / "text_encoder_2")
     return clip, t5
 
 
@@ -314,6 +333,61 @@ def new_transformer() -> FluxTransformer2DModel:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One batch: the transformer's arguments, the velocity that carries its pictures to noise (B, 64 tokens, 32
+    channels), and the length of its T5 text."""
+
+    inputs: dict[str, Tensor]
+    velocity: Tensor
+    length: int
+
+
+class World:
+    """Captions and latents of scenes, drawn by step alone, so that a resumed run sees what the first would have."""
+
+    def __init__(
+        self, output: Path, vae: AutoencoderKL, clip: CLIPTextModel, t5: T5EncoderModel, device: torch.device, seed: int
+    ) -> None:
+        self.vae, self.clip, self.t5, self.device = vae, clip, t5, device
+        self.clip_tokenizer = CLIPTokenizer.from_pretrained(output / "tokenizer")
+        self.t5_tokenizer = T5Tokenizer.from_pretrained(output / "tokenizer_2")
+        seen = [scene for scene in all_scenes() if not is_held_out(scene)]
+        self.latents, self.scenes = encode_bank(vae, seen, 40000, device, np.random.default_rng(seed + 2))
+        self.mu = flow.resolution_mu(self.latents.shape[1])
+        self.image_ids = position_ids(8, 8, device)
+
+    @torch.no_grad()
+    def text(self, captions: list[str], length: int) -> dict[str, Tensor]:
+        clip_ids = self.clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids
+        t5_ids = self.t5_tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt").input_ids
+        return {
+            "pooled_projections": self.clip(clip_ids.to(self.device)).pooler_output,
+            "encoder_hidden_states": self.t5(t5_ids.to(self.device)).last_hidden_state,
+            "txt_ids": torch.zeros(length, 3, device=self.device),
+        }
+
+    def draw(self, step: int, batch: int, seed: int) -> Draw:
+        rng = np.random.default_rng((seed, step))
+        length = TEXT_TOKENS
+        if step % 10 == 9:  # now and then a longer text, at an equal number of tokens
+            length = int(rng.choice([24, 48, 64, 128, 256, 512]))
+            batch = max(8, batch * (64 + TEXT_TOKENS) // (64 + length) // 8 * 8)
+        rows = rng.integers(len(self.scenes), size=batch)
+        captions = [caption(self.scenes[i], rng) if rng.random() > 0.05 else "" for i in rows]
+        x0 = self.latents[torch.from_numpy(rows)].float()
+        generator = flow.keyed_generator(seed, "make", step)
+        noise = flow.draw_noise(tuple(x0.shape), generator).to(self.device)
+        sigma = flow.shift_sigma(torch.sigmoid(torch.randn(batch, generator=generator)), self.mu).to(self.device)
+        inputs = self.text(captions, length) | {
+            "hidden_states": (1 - sigma.view(-1, 1, 1)) * x0 + sigma.view(-1, 1, 1) * noise,
+            "timestep": sigma,
+            "guidance": (1 + 4 * torch.rand(batch, generator=generator)).to(self.device),
+            "img_ids": self.image_ids,
+        }
+        return Draw(inputs, noise - x0, length)
+
+
 def encode_bank(
     vae: AutoencoderKL, scenes: list[Scene], size: int, device: torch.device, rng: np.random.Generator
 ) -> tuple[Tensor, list[Scene]]:
@@ -324,104 +398,102 @@ def encode_bank(
         for start in range(0, size, 200):
             pixels = to_pixels(np.stack([render(scene, rng) for scene in chosen[start : start + 200]]), device)
             latents = vae.encode(pixels).latent_dist.mean
-            latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-            rows.append(FluxPipeline._pack_latents(latents, *latents.shape).to(torch.float16))
+            rows.append(pack((latents - vae.config.shift_factor) * vae.config.scaling_factor).to(torch.float16))
     return torch.cat(rows), chosen
 
 
-def batches(
-    latents: Tensor, scenes: list[Scene], batch: int, seed: int, start: int
-) -> Iterator[tuple[int, Tensor, list[str], int]]:
-    """(step, x0, captions, T5 length) for ever; keyed by the step, so a resumed run sees what the first would have."""
-    step = start
-    while True:
-        rng = np.random.default_rng((seed, step))
-        length, size = TEXT_TOKENS, batch
-        if step % 10 == 9:  # now and then a longer text, at an equal number of tokens
-            length = int(rng.choice([24, 48, 64, 128, 256, 512]))
-            size = max(8, batch * (64 + TEXT_TOKENS) // (64 + length) // 8 * 8)
-        rows = rng.integers(len(scenes), size=size)
-        captions = [caption(scenes[i], rng) if rng.random() > 0.05 else "" for i in rows]
-        yield step, latents[torch.from_numpy(rows)].float(), captions, length
-        step += 1
+def make_transformer(args: argparse.Namespace, world: World) -> FluxTransformer2DModel:
+    """Flow matching on pictures. Guidance is drawn at random and has no effect yet."""
+    model = new_transformer().to(world.device)
+    print(f"transformer: {count(model):,} parameters", flush=True)
+    return fit(args, "transformer", model, lambda draw: draw.velocity, world, args.steps, args.lr, args.seed)
 
 
-def make_transformer(
-    args: argparse.Namespace, vae: AutoencoderKL, clip: CLIPTextModel, t5: T5EncoderModel, device: torch.device
+def make_guided(args: argparse.Namespace, world: World, base: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """Distil guidance into its embedding, as FLUX.1-dev's was: at guidance g, say blank + g · (captioned - blank).
+
+    Classifier-free guidance: Ho & Salimans 2022 (arXiv 2207.12598); its distillation: Meng et al. 2023 (2210.03142).
+    """
+    teacher = compiled(args, copy.deepcopy(base).requires_grad_(False))
+
+    @torch.no_grad()
+    def target(draw: Draw) -> Tensor:
+        blank = world.text([""] * len(draw.velocity), draw.length)
+        with torch.autocast(world.device.type, torch.bfloat16):
+            captioned = teacher(draw.length)(**draw.inputs, return_dict=False)[0]
+            uncaptioned = teacher(draw.length)(**(draw.inputs | blank), return_dict=False)[0]
+        return uncaptioned + draw.inputs["guidance"].view(-1, 1, 1) * (captioned - uncaptioned).float()
+
+    return fit(args, "guided", copy.deepcopy(base), target, world, args.guided_steps, args.lr / 3, args.seed + 10)
+
+
+def compiled(args: argparse.Namespace, model: nn.Module) -> Callable[[int], nn.Module]:
+    """The model to call for a text length: compiled for the usual one, as it is for the rest."""
+    fast = model if args.no_compile else torch.compile(model, dynamic=False)
+    return lambda length: fast if length == TEXT_TOKENS else model
+
+
+def fit(
+    args: argparse.Namespace,
+    stage: str,
+    model: FluxTransformer2DModel,
+    target: Callable[[Draw], Tensor],
+    world: World,
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> FluxTransformer2DModel:
-    checkpoint = args.output / "transformer.pt"
-    transformer = new_transformer().to(device)
-    print(f"transformer: {count(transformer):,} parameters", flush=True)
-    average = {name: p.detach().clone() for name, p in transformer.named_parameters()}
-    optimizer = torch.optim.AdamW(parameter_groups(transformer), lr=args.lr, betas=(0.9, 0.98), fused=True)
+    """Train `model` to say `target`; returns its weights' running mean. Saved and scored every 1,000 steps."""
+    checkpoint = args.output / f"{stage}.pt"
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=rate, betas=(0.9, 0.98), fused=True)
     start = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device)
-        transformer.load_state_dict(saved["model"])
+        saved = torch.load(checkpoint, map_location=world.device)
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, start = saved["average"], saved["step"]
-        print(f"transformer: going on from step {start}", flush=True)
-
-    clip_tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
-    t5_tokenizer = T5Tokenizer.from_pretrained(args.output / "tokenizer_2")
-    seen = [scene for scene in all_scenes() if not is_held_out(scene)]
-    latents, scenes = encode_bank(vae, seen, 40000, device, np.random.default_rng(args.seed + 2))
-    mu = flow.resolution_mu(latents.shape[1])
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, device, torch.float32)
-    text_ids = {length: torch.zeros(length, 3, device=device) for length in (24, TEXT_TOKENS, 48, 64, 128, 256, 512)}
-    forward = transformer if args.no_compile else torch.compile(transformer, dynamic=False)
-    torch._dynamo.config.cache_size_limit = 32
+        print(f"{stage}: going on from step {start}", flush=True)
+    forward = compiled(args, model)
     started, recent = time.monotonic(), []
-
-    for step, x0, captions, length in batches(latents, scenes, args.batch, args.seed, start):
-        if step >= args.steps:
-            break
-        set_rate(optimizer, args.lr * schedule(step, args.steps, warmup=300))
-        with torch.no_grad():
-            ids = clip_tokenizer(captions, padding="longest", return_tensors="pt").input_ids
-            pooled = clip(ids.to(device)).pooler_output
-            ids = t5_tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt").input_ids
-            text = t5(ids.to(device)).last_hidden_state
-        generator = flow.keyed_generator(args.seed, "make", step)
-        noise = flow.draw_noise(tuple(x0.shape), generator).to(device)
-        sigma = flow.shift_sigma(torch.sigmoid(torch.randn(len(x0), generator=generator)), mu).to(device)
-        guidance = (1 + 4 * torch.rand(len(x0), generator=generator)).to(device)
-        z = (1 - sigma.view(-1, 1, 1)) * x0 + sigma.view(-1, 1, 1) * noise
-        model = forward if length == TEXT_TOKENS else transformer
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = model(
-                hidden_states=z, timestep=sigma, guidance=guidance, pooled_projections=pooled,
-                encoder_hidden_states=text, txt_ids=text_ids[length], img_ids=image_ids, return_dict=False,
-            )[0]  # fmt: skip
-        loss = (predicted.float() - (noise - x0)).square().mean()
+    for step in range(start, steps):
+        set_rate(optimizer, rate * schedule(step, steps, warmup=min(300, steps // 10)))
+        draw = world.draw(step, args.batch, seed)
+        with torch.autocast(world.device.type, torch.bfloat16):
+            predicted = forward(draw.length)(**draw.inputs, return_dict=False)[0]
+        loss = (predicted.float() - target(draw)).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise SystemExit(f"non-finite gradient at step {step}")
         optimizer.step()
         keep = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(average.values()), [p.detach() for p in transformer.parameters()], 1 - keep)
+        torch._foreach_lerp_(list(average.values()), [p.detach() for p in model.parameters()], 1 - keep)
         recent.append(float(loss))
-        if (step + 1) % 100 == 0:
-            pace = (time.monotonic() - started) / (step + 1 - start)
-            left = pace * (args.steps - step - 1) / 60
-            print(f"transformer {step + 1}/{args.steps} loss {np.mean(recent):.4f} {pace:.3f} s/step "
-                  f"{left:.0f} min left", flush=True)  # fmt: skip
+        done = step + 1
+        if done % 100 == 0:
+            pace = (time.monotonic() - started) / (done - start)
+            left = pace * (steps - done) / 60
+            print(
+                f"{stage} {done}/{steps} loss {np.mean(recent):.4f} {pace:.3f} s/step {left:.0f} min left", flush=True
+            )
             recent.clear()
-        if (step + 1) % 1000 == 0 or step + 1 == args.steps:
-            state = {"model": transformer.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
-                     "step": step + 1}  # fmt: skip
+        if done % 1000 == 0 or done == steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": done}
             torch.save(state, checkpoint.with_suffix(".partial"))
             os.replace(checkpoint.with_suffix(".partial"), checkpoint)
-            draft = new_transformer().to(device)
-            draft.load_state_dict(average)
-            assemble(args.output, vae, clip, t5, draft)
-            report(args.output, score(args.output / "flux-tiny", TEXT_TOKENS, device, args.seed, 128), step=step + 1)
+            assemble(args.output, world, with_weights(average))
+            report(
+                args.output, score(args.output / "flux-tiny", TEXT_TOKENS, world.device, args.seed, 128), stage, done
+            )
+    return with_weights(average).to(world.device)
 
-    result = new_transformer().to(device)
-    result.load_state_dict(average)
-    return result
+
+def with_weights(weights: dict[str, Tensor]) -> FluxTransformer2DModel:
+    model = new_transformer()
+    model.load_state_dict(weights)
+    return model
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -437,11 +509,6 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -449,21 +516,17 @@ def count(model: nn.Module) -> int:
 # ── the finished folder ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def assemble(
-    output: Path, vae: AutoencoderKL, clip: CLIPTextModel, t5: T5EncoderModel, transformer: FluxTransformer2DModel
-) -> None:
+def assemble(output: Path, world: World, transformer: FluxTransformer2DModel) -> None:
     """Write a folder that `FluxPipeline.from_pretrained` loads, weights in bfloat16."""
-    import copy
-
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             shift=3.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15,
             base_image_seq_len=256, max_image_seq_len=4096,
         ),
-        vae=copy.deepcopy(vae).to("cpu", torch.bfloat16),
-        text_encoder=copy.deepcopy(clip).to("cpu", torch.bfloat16),
+        vae=copy.deepcopy(world.vae).to("cpu", torch.bfloat16),
+        text_encoder=copy.deepcopy(world.clip).to("cpu", torch.bfloat16),
         tokenizer=CLIPTokenizer.from_pretrained(output / "tokenizer"),
-        text_encoder_2=copy.deepcopy(t5).to("cpu", torch.bfloat16),
+        text_encoder_2=copy.deepcopy(world.t5).to("cpu", torch.bfloat16),
         tokenizer_2=T5Tokenizer.from_pretrained(output / "tokenizer_2"),
         transformer=copy.deepcopy(transformer).to("cpu", torch.bfloat16),
     )  # fmt: skip
@@ -473,13 +536,15 @@ def assemble(
     for part in ("text_encoder", "text_encoder_2"):
         # Without a dtype from the caller, transformers takes the config's and diffusers float32: let them agree.
         path = staging / part / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
-    for path in staging.glob("*/config.json"):
-        config = json.loads(path.read_text())
-        config.pop("_name_or_path", None)  # where the parts lay while they were made
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        edit_json(path, lambda config: config | {"dtype": "float32"})
+    for path in staging.glob("*/config.json"):  # where the parts lay while they were made is nobody's business
+        edit_json(path, lambda config: {key: value for key, value in config.items() if key != "_name_or_path"})
     shutil.rmtree(output / "flux-tiny", ignore_errors=True)
     staging.rename(output / "flux-tiny")
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text("utf-8"))), indent=2) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -498,7 +563,7 @@ def score(
     for start in range(0, prompts, chunk):
         pictures = pipeline(
             captions[start : start + chunk], height=SIZE_PX, width=SIZE_PX, num_inference_steps=steps,
-            guidance_scale=1.0, max_sequence_length=text_tokens, output_type="np",
+            guidance_scale=FLUX_TINY.default_guidance, max_sequence_length=text_tokens, output_type="np",
             generator=torch.Generator().manual_seed(seed + start),
         ).images  # fmt: skip
         for scene, picture in zip(scenes[start : start + chunk], pictures, strict=True):
