@@ -127,6 +127,16 @@ class PreviewConfig(Section):
     """Height in pixels; `null` = the model's default."""
 
 
+class PriorConfig(Section):
+    """What the model must go on drawing as before: prior preservation."""
+
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Prompts without the trigger word whose pictures shall not change; each step takes twice as long; an empty list
+    switches it off."""
+    weight: float = Field(default=1.0, ge=0)
+    """Weight of staying the same against learning the pictures, a plain number; `0` switches it off."""
+
+
 class ValidationConfig(Section):
     """Loss on pictures that are held back from training."""
 
@@ -210,6 +220,8 @@ class RunConfig(Section):
     """The learning rate over time; leave it out for a constant one."""
     memory: MemoryConfig = MemoryConfig()
     """Memory against speed; leave it out for the defaults."""
+    prior: PriorConfig = PriorConfig()
+    """What must not change; leave it out to let everything drift that may."""
     preview: PreviewConfig = PreviewConfig()
     """Pictures during the run; `every: null` in it switches them off."""
     validation: ValidationConfig = ValidationConfig()
@@ -336,6 +348,11 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
         ("captioning",),
         lambda run: run.captioning,
         "there is no captioner yet, so a picture without a `.txt` gets the plain caption of its `mode`",
+    ),
+    (
+        ("prior.weight",),
+        lambda run: not run.prior.prompts,
+        "`prior.prompts` is empty, so nothing is held in place",
     ),
     (
         ("priority",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -98,6 +99,19 @@ def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name:
         delta_OI = layer.up_OR.float() @ layer.down_RI.float() * (strength * layer.alpha / layer.rank)
         with torch.no_grad():
             weight.copy_((weight.float() + delta_OI.to(weight.device)).to(weight.dtype))
+
+
+@contextmanager
+def detached(denoiser: nn.Module) -> Iterator[None]:
+    """Within, the denoiser is the base model: no LoRA acts."""
+    layers = [module for module in denoiser.modules() if isinstance(module, PeftLoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def read_trained(denoiser: nn.Module) -> AdapterState:

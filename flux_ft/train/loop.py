@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flux_ft import flow
+from flux_ft.adapters import lora
 from flux_ft.config import RunConfig
 from flux_ft.data.loader import BatchPlan, collate
 from flux_ft.errors import NonFiniteError
@@ -38,6 +39,8 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     sigma: float
+    prior_loss: float | None
+    """How far the model has moved on the prior prompts; None without any."""
     seconds: float
     examples: int
 
@@ -54,7 +57,12 @@ class Acts:
 
 
 def train_steps(
-    state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample], acts: Acts
+    state: TrainState,
+    family: Family,
+    config: RunConfig,
+    examples: Sequence[CachedExample],
+    prior: Sequence[CachedExample],
+    acts: Acts,
 ) -> bool:
     """Go from `state.step` to `config.iterations`. Returns False when asked to stop before the end.
 
@@ -67,7 +75,7 @@ def train_steps(
         acts.preview(0)
         acts.validate(0)
     while state.step < config.iterations:
-        result = training_step(state, family, config, examples, plan.indices(state.step))
+        result = training_step(state, family, config, examples, plan.indices(state.step), prior)
         state.step += 1
         done = state.step == config.iterations
         acts.log(result)
@@ -97,7 +105,12 @@ def due(step: int, every: int | None) -> bool:
 
 
 def training_step(
-    state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample], indices: Sequence[int]
+    state: TrainState,
+    family: Family,
+    config: RunConfig,
+    examples: Sequence[CachedExample],
+    indices: Sequence[int],
+    prior: Sequence[CachedExample] = (),
 ) -> StepResult:
     """One optimizer step on the global batch `indices`, of which this process takes its share."""
     started = time.perf_counter()
@@ -107,6 +120,7 @@ def training_step(
     )
     set_rate(state.optimizer, rate)
     losses: list[Tensor] = []
+    drifts: list[Tensor] = []
     sigmas: list[Tensor] = []
     names: list[str] = []
     norm = math.nan
@@ -114,7 +128,12 @@ def training_step(
         batch = collate(examples, [indices[slot] for slot in slots], slots)
         with accelerator.accumulate(state.denoiser):
             loss_B, sigma_B = batch_loss(state, family, config, batch)
-            accelerator.backward(loss_B.mean())
+            total = loss_B.mean()
+            if prior:
+                drift = prior_drift(state, family, config, prior, slots).mean()
+                total = total + config.prior.weight * drift
+                drifts.append(drift.detach())
+            accelerator.backward(total)
             losses.append(loss_B.detach())
             sigmas.append(sigma_B)
             names += batch.names
@@ -131,6 +150,7 @@ def training_step(
         grad_norm=norm,
         learning_rate=rate,
         sigma=float(torch.cat(sigmas).mean()),
+        prior_loss=float(torch.stack(drifts).mean()) if drifts else None,
         seconds=time.perf_counter() - started,
         examples=len(indices),
     )
@@ -146,27 +166,56 @@ def own_slots(config: RunConfig, world: int, rank: int) -> Iterator[tuple[int, .
 
 def batch_loss(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss and sigma of each example (B,), with noise keyed by (seed, step, slot)."""
-    device = state.accelerator.device
-    shape = tuple(batch.latents_BCHW.shape[1:])
-    mu = family.shift_mu(shape[1], shape[2])
-    draws = [flow.keyed_generator(config.seed, state.step, slot) for slot in batch.slots]
-    sigma_B = torch.stack([flow.draw_sigma(generator, mu) for generator in draws])
-    noise_BCHW = torch.stack([flow.draw_noise(shape, generator) for generator in draws])
+    noise_BCHW, sigma_B = keyed_draws(state, family, config, batch)
     if config.lora.dropout:
         # Dropout takes its draws from the global state: tie that to the step as well.
         torch.manual_seed(flow.keyed_generator(config.seed, "dropout", state.step, batch.slots[0]).initial_seed())
-    return flow_loss(state, family, batch, noise_BCHW.to(device), sigma_B.to(device)), sigma_B
+    return flow_loss(state, family, batch, noise_BCHW, sigma_B), sigma_B
+
+
+def prior_drift(
+    state: TrainState, family: Family, config: RunConfig, prior: Sequence[CachedExample], slots: Sequence[int]
+) -> Tensor:
+    """How far the velocity has moved from the base model's on prior prompts (B,): mean squared difference.
+
+    Prior preservation as in DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), with the base model's prediction as the
+    target in place of the noise, which asks for no change at all rather than for another fit.
+    """
+    picks = [flow.keyed_generator(config.seed, "prior", state.step, slot) for slot in slots]
+    indices = [int(torch.randint(len(prior), (), generator=generator)) for generator in picks]
+    batch = collate(prior, indices, slots)
+    noise_BCHW, sigma_B = keyed_draws(state, family, config, batch, "prior noise")
+    with torch.no_grad(), lora.detached(state.bare):
+        target = predict(state, family, batch, noise_BCHW, sigma_B)
+    return flow.velocity_loss(predict(state, family, batch, noise_BCHW, sigma_B), target)
+
+
+def keyed_draws(
+    state: TrainState, family: Family, config: RunConfig, batch: Batch, *purpose: str
+) -> tuple[Tensor, Tensor]:
+    """Noise (B, C, H, W) and sigma (B,) of a batch, on the device, keyed by (seed, purpose, step, slot)."""
+    device, shape = state.accelerator.device, tuple(batch.latents_BCHW.shape[1:])
+    mu = family.shift_mu(shape[1], shape[2])
+    draws = [flow.keyed_generator(config.seed, *purpose, state.step, slot) for slot in batch.slots]
+    sigma_B = torch.stack([flow.draw_sigma(generator, mu) for generator in draws])
+    noise_BCHW = torch.stack([flow.draw_noise(shape, generator) for generator in draws])
+    return noise_BCHW.to(device), sigma_B.to(device)
 
 
 def flow_loss(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """Mean squared velocity error of each example (B,); a pure function of weights, batch, noise and sigma."""
-    dtype = next(state.bare.parameters()).dtype
-    device = noise_BCHW.device
-    x0_BCHW = batch.latents_BCHW.to(device, torch.float32)
-    z_BCHW = flow.interpolate(x0_BCHW, noise_BCHW, sigma_B)
-    text = TextCond(batch.text.embeds_BLD.to(device, dtype), batch.text.pooled_BP.to(device, dtype))
-    predicted = family.predict_velocity(state.denoiser, z_BCHW.to(dtype), sigma_B, text, TRAIN_GUIDANCE)
+    predicted = predict(state, family, batch, noise_BCHW, sigma_B)
+    x0_BCHW = batch.latents_BCHW.to(noise_BCHW.device, torch.float32)
     return flow.velocity_loss(predicted, flow.velocity_target(x0_BCHW, noise_BCHW))
+
+
+def predict(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """The denoiser's velocity for a batch noised to `sigma_B`, at the guidance of training."""
+    dtype, device = next(state.bare.parameters()).dtype, noise_BCHW.device
+    x0_BCHW = batch.latents_BCHW.to(device, torch.float32)
+    z_BCHW = flow.interpolate(x0_BCHW, noise_BCHW, sigma_B).to(dtype)
+    text = TextCond(batch.text.embeds_BLD.to(device, dtype), batch.text.pooled_BP.to(device, dtype))
+    return family.predict_velocity(state.denoiser, z_BCHW, sigma_B, text, TRAIN_GUIDANCE)
 
 
 def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: int) -> None:

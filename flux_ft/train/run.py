@@ -38,6 +38,7 @@ from flux_ft.train.setup import (
     TrainData,
     TrainState,
     data_digest,
+    draw_prior,
     make_accelerator,
     prepare_data,
     prepare_model,
@@ -97,6 +98,7 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     release_memory()
     state = prepare_model(config, family, accelerator)
     require_space(folder, state, config)
+    prior = draw_prior(config, family, data, state)
     if found is not None:
         restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
@@ -110,7 +112,7 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
             save=lambda step: _save(state, config, folder, step, fingerprint),
             should_stop=should_stop,
         )
-        finished = train_steps(state, family, config, data.examples, acts)
+        finished = train_steps(state, family, config, data.examples, prior, acts)
     if not finished:
         accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
@@ -274,6 +276,8 @@ class Recorder:
             "learning_rate": result.learning_rate, "step_s": round(result.seconds, 4),
             "examples_per_s": round(result.examples / max(1e-9, result.seconds), 3),
         }  # fmt: skip
+        if result.prior_loss is not None:
+            row["prior_loss"] = result.prior_loss
         if torch.cuda.is_available():
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.write(row)

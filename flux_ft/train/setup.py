@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,16 +19,17 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
-from flux_ft import log
+from flux_ft import flow, log
 from flux_ft.adapters import lora
 from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples, load_text
 from flux_ft.data.loader import split_holdout
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
+from flux_ft.infer.sampler import sample_latents
 from flux_ft.train.optim import OPTIMIZERS
 from flux_ft.train.preview import PreviewPlan
-from flux_ft.types import CachedExample, DatasetReport
+from flux_ft.types import CachedExample, DatasetReport, TextCond
 
 LARGE_PARAMETERS = 1_000_000_000
 """From this size on, activations are recomputed unless `memory.recompute` says otherwise."""
@@ -55,6 +57,8 @@ class TrainData:
     examples: tuple[CachedExample, ...]
     held_out: tuple[CachedExample, ...]
     preview: PreviewPlan | None
+    prior: tuple[tuple[str, TextCond], ...]
+    """Prompts that must be drawn as before, each with its encoding."""
 
 
 def preview_prompts(config: RunConfig, report: DatasetReport) -> tuple[str, ...]:
@@ -62,6 +66,32 @@ def preview_prompts(config: RunConfig, report: DatasetReport) -> tuple[str, ...]
     if config.preview.prompts:
         return tuple(config.preview.prompts)
     return tuple(dict.fromkeys(one.sample.caption for one in report.placed))[:3]
+
+
+def prior_prompts(config: RunConfig) -> tuple[str, ...]:
+    """The prompts that are held in place, if any."""
+    return config.prior.prompts if config.prior.weight else ()
+
+
+def draw_prior(config: RunConfig, family: Family, data: TrainData, state: TrainState) -> tuple[CachedExample, ...]:
+    """The base model's own pictures of the prior prompts, one each, as latents of the commonest training size.
+
+    The LoRA must not have moved yet. Drawn anew at every start: the same noise gives the same pictures.
+    """
+    if not data.prior:
+        return ()
+    bucket = Counter(one.bucket for one in data.report.placed).most_common(1)[0][0]
+    shape = family.latent_shape(bucket.width_px, bucket.height_px)
+    variant, examples = family.variant, []
+    with log.progress("draw prior", len(data.prior)) as bar:
+        for prompt, text in data.prior:
+            noise = flow.draw_noise((1, *shape), flow.keyed_generator(config.seed, "prior picture", prompt))
+            latents = sample_latents(
+                family, state.bare, noise, text, variant.default_steps, variant.default_guidance
+            ).cpu()
+            examples.append(CachedExample(f"prior: {prompt}", bucket, latents[0], text))
+            bar.advance()
+    return tuple(examples)
 
 
 def prepare_data(
@@ -82,7 +112,7 @@ def prepare_data(
 
     with accelerator.main_process_first():
         # Prompts apart from captions: a caption's encoding must not depend on which previews share its batch.
-        for texts in ([one.sample.caption for one in report.placed], prompts):
+        for texts in ([one.sample.caption for one in report.placed], prompts, prior_prompts(config)):
             cache_texts(texts, cache, fingerprint, open_text_encoder)
         release_memory()
         cache_latents(report.placed, cache, fingerprint, open_image_encoder)
@@ -95,6 +125,7 @@ def prepare_data(
         examples=tuple(examples[i] for i in trained),
         held_out=tuple(examples[i] for i in held_out),
         preview=_preview_plan(config, prompts, family, cache, fingerprint) if prompts else None,
+        prior=tuple((prompt, load_text(prompt, cache, fingerprint)) for prompt in prior_prompts(config)),
     )
 
 

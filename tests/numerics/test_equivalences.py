@@ -20,11 +20,13 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from flux_ft import flow
 from flux_ft.adapters import lora
 from flux_ft.adapters.formats import delta_weight, read_adapter, write_adapter
 from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples
 from flux_ft.data.images import load_rgb
+from flux_ft.data.loader import collate
 from flux_ft.errors import StoppedByUser
 from flux_ft.families.base import Family
 from flux_ft.families.registry import TINY_FOLDER
@@ -32,15 +34,16 @@ from flux_ft.infer.sampler import initial_noise
 from flux_ft.plan import check_run
 from flux_ft.train import checkpoint, loop
 from flux_ft.train import run as run_module
-from flux_ft.train.loop import Acts, StepResult, train_steps
+from flux_ft.train.loop import Acts, StepResult, prior_drift, train_steps
 from flux_ft.train.preview import write_previews
 from flux_ft.train.run import read_metrics, train
-from flux_ft.train.setup import TrainData, TrainState, make_accelerator, prepare_data, prepare_model
+from flux_ft.train.setup import TrainData, TrainState, draw_prior, make_accelerator, prepare_data, prepare_model
 from flux_ft.types import AdapterState, Batch, LoraLayer, TextCond
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 CPU, FP32 = torch.device("cpu"), torch.float32
 Settings = Callable[..., RunConfig]
+PRIOR = {"prompts": ["a small red circle in the center on a white background", "large blue star, top"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +70,7 @@ class Run:
         assert self.accelerator.device.type == "cpu"
         self.data: TrainData = prepare_data(config, check_run(config).report, family, self.accelerator, cache)
         self.state: TrainState = prepare_model(config, family, self.accelerator)
+        self.prior = draw_prior(config, family, self.data, self.state)
         self.results: list[StepResult] = []
 
     def acts(self, **changed: Any) -> Acts:
@@ -77,7 +81,7 @@ class Run:
         return Acts(**(quiet | changed))
 
     def train(self, **acts: Any) -> Run:
-        train_steps(self.state, self.family, self.config, self.data.examples, self.acts(**acts))
+        train_steps(self.state, self.family, self.config, self.data.examples, self.prior, self.acts(**acts))
         return self
 
     def stir(self) -> Run:
@@ -390,6 +394,7 @@ def test_resumed_is_straight(start: Callable[..., Run], tmp_path: Path, dropout:
     """Six steps at once, or three, a checkpoint on disk, and three more with everything loaded anew. Exact."""
     settings: dict[str, Any] = {
         "iterations": 6, "lora": {"dropout": dropout}, "schedule": {"name": "cosine", "warmup_steps": 2},
+        "prior": PRIOR,
     }  # fmt: skip
     straight = start(**settings).train()
 
@@ -400,7 +405,7 @@ def test_resumed_is_straight(start: Callable[..., Run], tmp_path: Path, dropout:
         checkpoint.save(tmp_path / "checkpoints", made, keep=2)
 
     stopped = train_steps(
-        first.state, first.family, first.config, first.data.examples,
+        first.state, first.family, first.config, first.data.examples, first.prior,
         first.acts(save=save, should_stop=lambda: first.state.step == 3),
     )  # fmt: skip
     assert not stopped
@@ -585,3 +590,37 @@ def test_diffusers_draws_with_our_file_as_we_do(
         weaker = tiny_family.load_denoiser(CPU, FP32)
         lora.attach_states(weaker, [("one", adapter, 0.4)])
         assert relative(probe(pipe.transformer), probe(weaker)) < 1e-5
+
+
+# --- Prior preservation. ---
+
+
+def test_a_prior_without_weight_changes_nothing(start: Callable[..., Run]) -> None:
+    plain = start(iterations=2).train()
+    unweighted = start(iterations=2, prior=PRIOR | {"weight": 0.0}).train()
+    assert_same_bits(plain.weights, unweighted.weights)
+    assert unweighted.results[0].prior_loss is None
+
+
+def test_drift_is_nothing_at_first_and_the_distance_to_the_base_later(start: Callable[..., Run]) -> None:
+    run = start(prior=PRIOR)
+    assert prior_drift(run.state, run.family, run.config, run.prior, [0, 1]).tolist() == [0.0, 0.0]
+    base = start(prior=PRIOR)
+    run.stir()
+    drift = prior_drift(run.state, run.family, run.config, run.prior, [0, 1, 2])
+    assert drift.min() > 0
+    for slot in range(3):
+        generator = flow.keyed_generator(run.config.seed, "prior", 0, slot)
+        batch = collate(run.prior, [int(torch.randint(2, (), generator=generator))], [slot])
+        noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch, "prior noise")
+        ours, theirs = (loop.predict(one.state, run.family, batch, noise, sigma) for one in (run, base))
+        torch.testing.assert_close(drift[slot], (ours - theirs).square().mean(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_prior_holds_its_prompts_in_place(start: Callable[..., Run]) -> None:
+    moved = {}
+    for weight in (0.01, 10.0):
+        run = start(iterations=12, learning_rate=3e-3, prior=PRIOR | {"weight": weight}).train()
+        run.state.step = 0  # the same noise for both
+        moved[weight] = float(prior_drift(run.state, run.family, run.config, run.prior, range(8)).mean())
+    assert moved[10.0] < 0.5 * moved[0.01]

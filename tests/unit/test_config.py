@@ -591,7 +591,7 @@ def test_the_schema_takes_data_as_text_or_section_and_refuses_unknown_keys() -> 
 
 
 def test_the_number_of_settings_is_a_decision() -> None:
-    assert len(setting_keys()) == 45, "each setting is something to learn, test and keep: is the new one worth it?"
+    assert len(setting_keys()) == 47, "each setting is something to learn, test and keep: is the new one worth it?"
 
 
 @pytest.mark.parametrize("key", setting_keys())
