@@ -142,7 +142,7 @@ def quickstart(
     output: Annotated[
         Path | None, typer.Option(help="a new folder for everything it makes [default: runs/quickstart, -2, -3 …]")
     ] = None,
-    iterations: Annotated[int, typer.Option(help="training steps", min=1)] = 400,
+    iterations: Annotated[int, typer.Option(help="training steps", min=1)] = 600,
     seed: Annotated[int, typer.Option(help="seed of pictures and training", min=0, max=LARGEST_SEED)] = 0,
     as_json: AsJson = False,
 ) -> None:

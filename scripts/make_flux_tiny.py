@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--text-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=9000, help="transformer steps")
-    parser.add_argument("--guided-steps", type=int, default=1500, help="steps of guidance distillation")
+    parser.add_argument("--guided-steps", type=int, default=1000, help="steps of guidance distillation")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--no-compile", action="store_true")
