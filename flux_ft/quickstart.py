@@ -38,6 +38,8 @@ BACKGROUNDS = [name for name in COLORS if name not in ("blue", "purple")]
 TRIGGER = "TOK"
 NUM_PICTURES = 16
 NUM_PROMPTS = 64
+GUIDANCE = 1.5
+"""A LoRA is trained at guidance 1; much above it, the base model's own idea of the unknown word is added to it."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def run_settings(
         "prior": {"prompts": prior_prompts(seed)},
         "preview": {
             "every": max(1, iterations // 4),
+            "guidance": GUIDANCE,
             "prompts": [trial.prompt for trial in (*concept[:3], *prior[:2])],
         },
         "checkpoint": {"every": max(1, iterations // 2)},
@@ -168,8 +171,8 @@ def run_settings(
 
 
 def draw(runner: Runner, trials: Sequence[Trial], title: str) -> list[Image.Image]:
-    """One picture a trial, with the variant's defaults."""
-    requests = [runner.request(trial.prompt, trial.seed) for trial in trials]
+    """One picture a trial, at GUIDANCE."""
+    requests = [runner.request(trial.prompt, trial.seed, guidance=GUIDANCE) for trial in trials]
     with log.progress(title, runner.num_passes(requests)) as bar:
         return runner.generate(requests, on_step=bar.advance)
 
@@ -213,7 +216,6 @@ def before_after_grid(
 
 def summary_for_people(summary: dict[str, object], output: Path) -> str:
     """The figures and where everything is."""
-    prompt = f"a large {TRIGGER} in the center on a blue background"
     lines = [
         "",
         f"the new thing is drawn   before {summary['concept_before']:.0%}   after {summary['concept_after']:.0%}",
@@ -227,6 +229,17 @@ def summary_for_people(summary: dict[str, object], output: Path) -> str:
         f"these figures          {output / 'quickstart.json'}",
         "",
         "draw with it:",
-        "  " + log.command("generate", "--model", "flux-tiny", "--lora", str(summary["lora"]), "--prompt", prompt),
+        "  "
+        + log.command(
+            "generate",
+            "--model",
+            "flux-tiny",
+            "--lora",
+            str(summary["lora"]),
+            "--guidance",
+            str(GUIDANCE),
+            "--prompt",
+            f"a large {TRIGGER} in the center on a green background",
+        ),
     ]
     return "\n".join(lines)

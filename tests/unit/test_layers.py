@@ -45,7 +45,7 @@ LIGHT_MODULES = ("config", "errors", "types", "families.base", "cli")
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "flux_ft", "configs", "scripts", "tests", "notebooks", "docs"}
 
-MAX_FILE_BYTES = 4 * 2**20
+MAX_FILE_BYTES = 5 * 2**20
 MAX_REPOSITORY_BYTES = 8 * 2**20
 
 HOME_PATH = re.compile(r"(?<![\w.~-])/(?:home|Users|root)/\w|\b[A-Za-z]:\\{1,2}Users\\", flags=re.ASCII)
