@@ -74,7 +74,11 @@ def model_card(
         lines += ["", "## Pictures", "", "Same prompts and seeds, before training (base) and along it:", ""]
         lines.append("![previews](previews.png)")
     lines += ["", "## Files", "", "| file | for |", "|---|---|"]
-    uses = {"diffusers": "diffusers, and tools that read PEFT keys", "kohya": "ComfyUI, Forge, InvokeAI, sd-scripts"}
+    builtin = variant.source.startswith("builtin:")
+    uses = {
+        "diffusers": "diffusers, and tools that read PEFT keys",
+        "kohya": "ComfyUI, Forge, InvokeAI, sd-scripts" if not builtin else "kohya keys; other tools know FLUX.1 alone",
+    }
     lines += [f"| `{path.name}` | {uses[name]} |" for name, path in loras.items()]
     lines += ["", "## Use", "", "```python", *_snippet(config, variant, base, loras), "```"]
     lines += ["", "## Training", "", "![loss](loss.png)", "", "| setting | value |", "|---|---|"]
