@@ -33,6 +33,7 @@ from _verbs import (
 from PIL import Image
 from safetensors import safe_open
 
+from flux_ft import log
 from flux_ft.adapters.formats import compare_adapters, read_adapter
 
 pytestmark = pytest.mark.slow
@@ -310,7 +311,7 @@ class TestInterrupted:
         stopped = interrupted.stopped
         assert stopped.code == 130, stopped.stderr
         assert "Traceback" not in stopped.stderr
-        assert f"flux-ft train {run_file} output=interrupted --resume" in stopped.stderr
+        assert log.command("train", str(run_file), "output=interrupted", "--resume") in stopped.stderr
         last = interrupted.steps_when_stopped[-1]
         assert 2 <= last < STEPS
         assert f"step-{last:06d}" in interrupted.checkpoints_when_stopped
