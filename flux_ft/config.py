@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,16 +19,29 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 SMALLEST_MAX_PIXELS = 64 * 64
+LARGEST_SIDE = 8192  # far above every model's cap, and far below an area that was meant as a side
 LARGEST_SEED = 2**63 - 1
+LARGEST_ROW_COUNT = 10**12
 HUB_PREFIX = "hf:"
+DATASET_KEYS = ("image_column", "split", "streaming", "limit")
+"""Settings of a source that only a dataset has a use for."""
+SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 
 
 def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+    except (re.error, RecursionError, OverflowError) as error:
+        shown = pattern if len(pattern) <= 60 else pattern[:57] + "…"
+        raise ValueError(f"`{shown}` is not a regular expression: {error}") from None
     return pattern
+
+
+def _distinct(sides: tuple[int, ...]) -> tuple[int, ...]:
+    twice = next((side for index, side in enumerate(sides) if side in sides[:index]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice")
+    return sides
 
 
 def _path_section(value: object) -> object:
@@ -35,6 +49,7 @@ def _path_section(value: object) -> object:
 
 
 ModulePattern = Annotated[str, AfterValidator(_compiles)]
+Side = Annotated[int, Field(ge=16, le=LARGEST_SIDE)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # The hosted API's webhook fields are dropped at the door: a secret must never reach run.yaml or an adapter's header.
 Dropped = Annotated[None, BeforeValidator(lambda _: None, json_schema_input_type=str | None)]
@@ -48,14 +63,106 @@ class Section(BaseModel):
     )
 
 
-class DataConfig(Section):
-    """Where the pictures are; a plain text stands for `path`."""
+class SourceConfig(Section):
+    """One source of pictures; a plain text stands for `path`."""
 
     path: str = Field(min_length=1)
-    """Folder of pictures (`.zip` and `hf:` are not read yet), looked for beside the run file and then in the current
-    directory; required."""
+    """Folder, `.zip` or `.parquet` of pictures, or `hf:owner/name` for a dataset on the Hub; a relative one is looked
+    for beside the run file and then in the current directory; required."""
+    repeats: int = Field(default=1, ge=1, le=1000)
+    """How often each of its pictures comes in one pass over all pictures; `1` is the least."""
+    weight: float = Field(default=1.0, gt=0)
+    """Weight of its pictures' loss against other sources' pictures, a plain number; `1` changes nothing."""
+    caption_column: str | None = Field(default=None, min_length=1)
+    """Column that holds the captions, in a dataset or in metadata.jsonl, metadata.csv; `null` = the first there is of
+    `text`, `caption` and `prompt`."""
+    image_column: str | None = Field(default=None, min_length=1)
+    """Column of a dataset that holds the pictures; `null` = its only one."""
+    split: str = Field(default="train", min_length=1)
+    """Split of a dataset that is read; cannot be switched off."""
+    streaming: bool = False
+    """Read a dataset row by row from where it is, for sets larger than the disk; `false` downloads it first."""
+    limit: int | None = Field(default=None, ge=1, le=LARGEST_ROW_COUNT)
+    """Rows of a dataset that are read, from the first one on; `null` reads all."""
+
+
+def _source_section(value: object) -> object:
+    # Lists come from YAML and tuples from a resolved config.
+    return tuple(map(_path_section, value)) if isinstance(value, list | tuple) else value
+
+
+class DataConfig(SourceConfig):
+    """Where the pictures are and how they are read; a plain text stands for `path`."""
+
+    path: str | None = Field(default=None, min_length=1)  # type: ignore[assignment]
+    """Folder, `.zip` or `.parquet` of pictures, or `hf:owner/name` for a dataset on the Hub; a relative one is looked
+    for beside the run file and then in the current directory; `null` if `sources` names all."""
+    sources: Annotated[
+        tuple[SourceConfig, ...],
+        BeforeValidator(_source_section, json_schema_input_type=tuple[str | SourceConfig, ...]),
+        Field(strict=False),
+    ] = ()
+    """Further sources, each a path or a section with the keys `path`, `repeats`, `weight`, …; an empty list adds
+    none."""
     max_pixels: int | None = Field(default=None, ge=SMALLEST_MAX_PIXELS)
     """Largest picture area in pixels (width × height), larger pictures are reduced; `null` = the model's own cap."""
+    resolutions: Annotated[tuple[Side, ...], Field(min_length=1, strict=False), AfterValidator(_distinct)] | None = None
+    """Sizes that each picture is trained at, as sides of a square of the same area in pixels; `null` = by
+    `priority`."""
+    on_bad: Literal["skip", "stop"] = "skip"
+    """What happens at a picture that cannot be read: `skip` leaves it out and reports it, `stop` ends the run before
+    training; cannot be switched off."""
+    background: str = Field(default="#ffffff", pattern=r"^#[0-9a-fA-F]{6}$", examples=["#ffffff"])
+    """Colour behind transparent parts as `#rrggbb`, which YAML wants in quotes; cannot be switched off."""
+    alpha: Literal["background", "mask"] = "background"
+    """What transparency means: with `background` that colour shows through, with `mask` the loss is weighted by it and
+    the colours under it are taken as they are; cannot be switched off."""
+    masks: bool = True
+    """Weight the loss of `cat.jpg` by `cat_mask.png`, where white counts fully and black not at all; `false` takes
+    such files for pictures of their own."""
+    unmasked_weight: float = Field(default=0.0, ge=0, le=1)
+    """Weight of what a mask leaves black, against 1 where it is white; `0` ignores it."""
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of examples trained with an empty caption, drawn anew at each step; `0` switches it off."""
+    tag_orders: int = Field(default=1, ge=1, le=64)
+    """How many different orders of a caption's comma-separated tags are trained, the trigger word staying where it
+    is; `1` keeps the order as written."""
+    resample_latents: bool = True
+    """Draw each latent anew from the autoencoder's distribution at every step; `false` always takes its mean."""
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """`path` with the settings beside it, then `sources`; at least one."""
+        return tuple(self.named_sources.values())
+
+    @property
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """Every source by where the run file has it: "data" for `path`, then "data.sources[0]" …"""
+        named = {f"data.sources[{index}]": source for index, source in enumerate(self.sources)}
+        if self.path is None:
+            return named
+        return {"data": SourceConfig(**{name: getattr(self, name) for name in SourceConfig.model_fields})} | named
+
+    @model_validator(mode="after")
+    def _names_pictures(self) -> Self:
+        if self.path is None and not self.sources:
+            raise ValueError("neither `path` nor `sources` names any pictures")
+        return self
+
+
+class CaptionerConfig(Section):
+    """The model that describes pictures without a caption, while `captioning` is on."""
+
+    model: str = Field(default="auto", min_length=1)
+    """Hub id or folder of a Florence-2, Qwen3-VL or Qwen2.5-VL model; `auto` = Qwen3-VL-4B on a GPU with room,
+    otherwise Florence-2, or none if neither can be had."""
+    batch_size: int = Field(default=4, ge=1)
+    """Pictures described at once; `1` is the least."""
+    max_tokens: int = Field(default=160, ge=8, le=1024)
+    """Longest caption in the captioner's tokens; cannot be switched off."""
+    beside_pictures: bool = False
+    """Also write each caption as a `.txt` beside its picture in a folder source; `false` keeps them in the run
+    folder."""
 
 
 class LoraConfig(Section):
@@ -203,7 +310,8 @@ class RunConfig(Section):
     learning_rate: float | None = Field(default=None, gt=0)
     """Step size; `null` = 1e-5 for a full fine-tune and 1e-4 for a LoRA."""
     priority: Literal["speed", "quality", "high_res_only"] = "quality"
-    """What the plan of resolution, precision and batch favours; `quality` gives nothing up."""
+    """Sizes that each picture is trained at: the largest and smaller ones, the smaller ones alone for `speed`, or the
+    largest alone for `high_res_only`; `quality` gives nothing up."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all random draws of the training; cannot be switched off."""
     allow_distilled: bool = False
@@ -212,6 +320,8 @@ class RunConfig(Section):
     """Accepted from request bodies of the hosted API and dropped: a local run calls nobody; leave it out or `null`."""
     webhook_secret: Dropped = None
     """Accepted from request bodies of the hosted API and dropped unread; leave it out or `null`."""
+    captioner: CaptionerConfig = CaptionerConfig()
+    """The captioner; leave it out for the defaults."""
     lora: LoraConfig = LoraConfig()
     """The adapter; leave it out for the defaults."""
     optim: OptimConfig = OptimConfig()
@@ -250,7 +360,7 @@ class RunConfig(Section):
     @property
     def slug(self) -> str:
         """A short name that is safe in a file name: from the comment, or from the data's name without one."""
-        return slugify(self.finetune_comment) or slugify(data_name(self.data.path)) or "run"
+        return slugify(self.finetune_comment) or slugify(data_name(self.data.all_sources[0].path)) or "run"
 
     @property
     def output_dir(self) -> Path:
@@ -265,11 +375,11 @@ def slugify(text: str) -> str:
 
 
 def data_name(path: str) -> str:
-    """The name of a data source: a Hub data set's own name, a folder's name, a `.zip` without its ending."""
+    """The name of a data source: a Hub data set's own name, a folder's name, a file's without its ending."""
     if path.startswith(HUB_PREFIX):
-        return path.rpartition("/")[2].removeprefix(HUB_PREFIX)
+        return re.split("[@:]", path.removeprefix(HUB_PREFIX))[0].rpartition("/")[2]
     name = os.path.basename(os.path.abspath(path))  # absolute, because `.` and `..` have no name of their own
-    return name[: -len(".zip")] if name.lower().endswith(".zip") else name
+    return re.sub(r"\.(zip|parquet)$", "", name, flags=re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -311,7 +421,39 @@ def contradictions(config: RunConfig) -> tuple[Contradiction, ...]:
                 "give `validation.every` a number of steps, or set `validation.fraction` to 0",
             )
         )
-    return tuple(found)
+    largest = max(config.data.resolutions or (0,))
+    if config.data.max_pixels is not None and largest**2 > config.data.max_pixels:
+        found.append(
+            Contradiction(
+                ("data.resolutions", "data.max_pixels"),
+                f"`data.resolutions` has {largest}, an area of {largest**2} pixels, but `data.max_pixels` is "
+                f"{config.data.max_pixels}",
+                f"remove {largest} from `data.resolutions`, or leave `data.max_pixels` out",
+            )
+        )
+    return (*found, *_doubled_sources(config))
+
+
+def _doubled_sources(config: RunConfig) -> Iterator[Contradiction]:
+    first: dict[tuple[str | None, ...], str] = {}
+    for name, source in config.data.named_sources.items():
+        path = source.path if source.path.startswith(HUB_PREFIX) else os.path.normpath(source.path)
+        earlier = first.setdefault((path, source.split, source.image_column, source.caption_column), name)
+        if earlier != name:
+            yield Contradiction(
+                (f"{name}.path", f"{earlier}.path"),
+                f"`{name}` reads the same pictures as `{earlier}`",
+                f"remove `{name}`; to show its pictures more often, set `{earlier}.repeats`",
+            )
+
+
+def _may_be_dataset(path: str) -> bool:
+    """Whether a source may have rows and columns; of a folder with parquet files only its reader can tell."""
+    if path.startswith(HUB_PREFIX) or path.lower().endswith(".parquet"):
+        return True
+    with suppress(OSError, ValueError):
+        return any(name.lower().endswith((".parquet", *SAVED_DATASET_FILES)) for name in os.listdir(path))
+    return False
 
 
 def _always(_: RunConfig) -> bool:
@@ -345,9 +487,14 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
         "`checkpoint.every` is null, so no checkpoints are written",
     ),
     (
-        ("captioning",),
-        lambda run: run.captioning,
-        "there is no captioner yet, so a picture without a `.txt` gets the plain caption of its `mode`",
+        tuple(f"captioner.{name}" for name in CaptionerConfig.model_fields),
+        lambda run: not run.captioning,
+        "`captioning` is false, so no picture is described",
+    ),
+    (
+        ("captioner.beside_pictures",),
+        lambda run: run.captioning and not any(os.path.isdir(source.path) for source in run.data.all_sources),
+        "no source is a folder that captions could be written into",
     ),
     (
         ("prior.weight",),
@@ -355,9 +502,24 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
         "`prior.prompts` is empty, so nothing is held in place",
     ),
     (
-        ("priority",),
-        lambda run: run.priority != "quality",
-        "plans other than `quality` are not built yet",
+        ("priority", "data.max_pixels"),
+        lambda run: run.data.resolutions is not None,
+        "`data.resolutions` names the sizes that pictures are trained at",
+    ),
+    (
+        tuple(f"data.{name}" for name in SourceConfig.model_fields if name != "path"),
+        lambda run: run.data.path is None,
+        "it belongs to `data.path`, which is not given; each of `data.sources` has its own",
+    ),
+    (
+        ("data.background",),
+        lambda run: run.data.alpha == "mask",
+        "`data.alpha` is mask, so the colours under transparency are taken as they are",
+    ),
+    (
+        ("data.unmasked_weight",),
+        lambda run: not run.data.masks and run.data.alpha != "mask",
+        "`data.masks` is false and `data.alpha` is not mask, so nothing is masked",
     ),
     (
         ("model_parts",),
@@ -371,12 +533,18 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
 
 def ineffective_settings(config: RunConfig, given_keys: Collection[str]) -> list[str]:
     """A warning for each setting that the user gave and that changes nothing in this run."""
-    return [
+    found = [
         f"`{key}` has no effect: {why}"
         for keys, applies, why in INEFFECTIVE
         if applies(config)
         for key in keys
         if key in given_keys
+    ]
+    return found + [
+        f"`{name}.{key}` has no effect: the pictures of `{name}` are not a dataset"
+        for name, source in config.data.named_sources.items()
+        for key in DATASET_KEYS
+        if f"{name}.{key}" in given_keys and not _may_be_dataset(source.path)
     ]
 
 
@@ -407,7 +575,8 @@ def json_schema() -> dict[str, Any]:
 
 @cache
 def setting_schemas() -> dict[str, dict[str, Any]]:
-    """Each setting's part of the JSON Schema by dotted key; what messages say is expected is read off it."""
+    """Each setting's part of the JSON Schema by dotted key, a source's as `data.sources[].path`; what messages say is
+    expected is read off it."""
     schema = json_schema()
     sections = section_classes()
     found: dict[str, dict[str, Any]] = {}
@@ -415,4 +584,5 @@ def setting_schemas() -> dict[str, dict[str, Any]]:
         section, _, leaf = key.rpartition(".")
         owner = schema["$defs"][sections[section].__name__] if section else schema
         found[key] = owner["properties"][leaf]
-    return found
+    sources = schema["$defs"][SourceConfig.__name__]["properties"]
+    return found | {f"data.sources[].{leaf}": part for leaf, part in sources.items()}

@@ -11,7 +11,8 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from flux_ft.config import (
     HUB_PREFIX,
     ContradictionError,
     RunConfig,
+    SourceConfig,
     ineffective_settings,
     section_classes,
     setting_keys,
@@ -33,7 +35,13 @@ from flux_ft.config import (
 from flux_ft.errors import ConfigError
 
 COMMAND_LINE = "command line"
-LARGEST_FILE_BYTES = 1_000_000
+LARGEST_FILE_BYTES = 100_000
+"""Fifty times a long run file; reading takes seconds where every byte is a token."""
+MOST_TOLD = 20
+"""Mistakes that are told in words; a hint for each of thousands would take minutes."""
+TAG_PREFIX = "tag:yaml.org,2002:"
+SOURCE_NAME = re.compile(r"data\.sources\[[0-9]+\]")
+SOURCE_PATH = re.compile(r"data(\.sources\[[0-9]+\])?\.path")
 SYNTAX_HINT = (
     "each setting is `key: value`, with a space after the colon; put a value with `: `, ` #`, `@` or `[` into quotes"
 )
@@ -42,10 +50,14 @@ ALIASES = {
     "adapter_rank": "lora_rank",
     "base_model": "model",
     "batch": "optim.batch_size",
+    "batch_size": "optim.batch_size",
     "caption": "captioning",
+    "caption_dropout_rate": "data.caption_dropout",
+    "caption_model": "captioner.model",
     "clip_grad": "optim.max_grad_norm",
     "comment": "finetune_comment",
     "dataset": "data",
+    "datasets": "data.sources",
     "dim": "lora_rank",
     "epochs": "iterations",
     "file_data": "data",
@@ -53,16 +65,21 @@ ALIASES = {
     "gradient_accumulation_steps": "optim.accumulate",
     "gradient_checkpointing": "memory.recompute",
     "grad_clip": "optim.max_grad_norm",
+    "image_dir": "data.path",
     "images": "data",
+    "instance_data_dir": "data.path",
     "instance_prompt": "trigger_word",
     "keyword": "trigger_word",
     "lr": "learning_rate",
     "lr_scheduler": "schedule.name",
+    "masked_loss": "data.masks",
+    "max_new_tokens": "captioner.max_tokens",
     "lr_warmup_steps": "schedule.warmup_steps",
     "max_train_steps": "iterations",
     "name": "finetune_comment",
     "network_alpha": "lora.alpha",
     "network_dim": "lora_rank",
+    "num_repeats": "data.repeats",
     "optimizer": "optim",
     "output_dir": "output",
     "precision": "memory.base_precision",
@@ -70,20 +87,28 @@ ALIASES = {
     "prompts": "preview.prompts",
     "rank": "lora_rank",
     "report_to": "logging.trackers",
-    "resolution": "data.max_pixels",
+    "resolution": "data.resolutions",
     "sample_prompts": "preview.prompts",
     "save_every": "checkpoint.every",
     "scheduler": "schedule",
+    "shuffle_caption": "data.tag_orders",
     "steps": "iterations",
     "target_modules": "lora.targets",
+    "train_batch_size": "optim.batch_size",
+    "train_data_dir": "data.path",
     "train_steps": "iterations",
     "trigger": "trigger_word",
     "warmup": "schedule.warmup_steps",
 }
 """What other trainers call our settings; used for hints only."""
-PATTERN_HINT = "patterns are Python regular expressions for module paths such as transformer_blocks.0.attn.to_q"
 BOOLEAN_WORDS = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
-FIELD_HINTS = {"data.max_pixels": "this is an area, not a side: 1024 × 1024 is 1048576"}
+FIELD_HINTS = {
+    "data.background": 'put it into quotes, as `#` starts a comment: `data: {background: "#ffffff"}`',
+    "data.max_pixels": "this is an area, not a side: 1024 × 1024 is 1048576",
+    "data.resolutions": "these are sides, not areas: `data: {resolutions: [512, 768, 1024]}`",
+    "data.sources": "write it as a list: `sources: [pictures, {path: more.zip, repeats: 2}]`",
+    "lora.targets": "patterns are Python regular expressions for module paths such as transformer_blocks.0.attn.to_q",
+}
 
 
 @dataclass(frozen=True)
@@ -129,14 +154,15 @@ Entries = dict[str, Entry]
 def load_run(path: Path, overrides: Sequence[str] = ()) -> LoadedRun:
     """The run that a file and `key.path=value` overrides describe; a later override wins.
 
-    A relative `data.path` in the file is taken from the file's folder if it exists there, else from the current
-    directory; one on the command line is always taken from the current directory.
+    A relative path of pictures in the file is taken from the file's folder if it exists there, else from the current
+    directory; one on the command line is always taken from the current directory. Raises ConfigError, which names every
+    mistake with its line.
     """
     entries, problems = _read_file(path)
     for text in overrides:
         more, wrong = _read_override(text)
-        entries |= more
-        problems += wrong
+        entries, lost = _overridden(entries, more)
+        problems += wrong + lost
     entries = _with_found_data(entries, path)
     config, wrong = _validate(entries, str(path))
     problems += wrong
@@ -193,6 +219,7 @@ def _write_text(dumper: CoreDumper, text: str) -> yaml.Node:
 
 _use_core_rules(CoreLoader)
 _use_core_rules(CoreDumper)
+_RESOLVER = CoreLoader("")
 CoreDumper.add_representer(str, _write_text)
 
 
@@ -200,6 +227,9 @@ def _compose(text: str) -> yaml.Node | None:
     loader = CoreLoader(text)
     try:
         return loader.get_single_node()
+    except (ValueError, OverflowError):  # PyYAML leaves it to chr() to refuse "\UFFFFFFFF"
+        mark = loader.get_mark()
+        raise yaml.scanner.ScannerError(None, None, "an escape names no character", mark) from None
     finally:
         loader.dispose()
 
@@ -225,7 +255,7 @@ def _syntax_problem(error: Exception, text: str, source: str, *, numbered: bool 
 
 
 class _Reader:
-    """Turns nodes into plain values, noting where each setting was written and what was written twice."""
+    """Turns nodes into entries, collecting every mistake on the way."""
 
     def __init__(self, text: str, source: str, *, numbered: bool) -> None:
         self.text, self.source, self.numbered = text, source, numbered
@@ -235,43 +265,98 @@ class _Reader:
         return f"{self.source}:{node.start_mark.line + 1}" if self.numbered else self.source
 
     def shown(self, node: yaml.Node) -> str:
-        written = " ".join(self.text[node.start_mark.index : node.end_mark.index].split())
-        return written if len(written) <= 60 else written[:57] + "…"
+        return _short(self.text[node.start_mark.index : node.end_mark.index])
+
+    def problem(self, where: str, message: str, hint: str | None = None) -> None:
+        self.problems.append(Problem(where, message, hint))
 
     def value(self, node: yaml.Node, name: str) -> Any:
+        """The plain value of any node."""
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(inner, f"{name}.{key}") for key, _, inner in self.items(node, name)}
         if isinstance(node, yaml.SequenceNode):
+            self.refuse_tag(node, name, TAG_PREFIX + "seq")
             return [self.value(item, name) for item in node.value]
         assert isinstance(node, yaml.ScalarNode)
         return self.scalar(node, name)
 
     def items(self, node: yaml.MappingNode, name: str) -> list[tuple[str, yaml.Node, yaml.Node]]:
         """(key, key's node, value's node), each key once."""
+        self.refuse_tag(node, name, TAG_PREFIX + "map")
         seen: dict[str, str] = {}
         found = []
         for key_node, inner in node.value:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else self.shown(key_node)
             if key in seen:
-                dotted = f"{name}.{key}" if name else key
+                dotted = _short(f"{name}.{key}" if name else key)
                 message = f"`{dotted}` is given twice, first at {seen[key]}"
-                self.problems.append(Problem(self.where(key_node), message, "remove one of the two"))
+                self.problem(self.where(key_node), message, "remove one of the two")
                 continue
             seen[key] = self.where(key_node)
             found.append((key, key_node, inner))
         return found
 
     def scalar(self, node: yaml.ScalarNode, name: str) -> Any:
-        tag, text = node.tag.removeprefix("tag:yaml.org,2002:"), node.value
-        if tag == "str":
-            if "\0" in text:
-                self.problems.append(Problem(self.where(node), f"`{name}` holds a NUL character", "take `\\0` out"))
-            return _joined_surrogates(text)
-        if node.style is None and tag in ("null", "bool", "int", "float"):
-            return _plain_value(tag, text)
-        message = f"`{name}` has the tag `{node.tag}`, and tags are not used in run files"
-        self.problems.append(Problem(self.where(node), message, "remove the tag"))
-        return None
+        plain = node.style is None
+        tag: str = _RESOLVER.resolve(yaml.ScalarNode, node.value, (plain, not plain))  # type: ignore[no-untyped-call]
+        self.refuse_tag(node, name, tag)
+        if tag != TAG_PREFIX + "str":
+            return _plain_value(tag.removeprefix(TAG_PREFIX), node.value)
+        text = _joined_surrogates(node.value)
+        odd = re.search(r"[\0\ud800-\udfff]", text)
+        if odd:
+            message = f"`{_short(name)}` holds U+{ord(odd.group()):04X}, which is not a character of any text"
+            self.problem(self.where(node), message, "take it out")
+        return text
+
+    def refuse_tag(self, node: yaml.Node, name: str, implied: str) -> None:
+        if node.tag != implied:
+            message = f"`{_short(name)}` has the tag `{_short(node.tag)}`, and tags are not used in run files"
+            self.problem(self.where(node), message, "remove the tag")
+
+    def settings(self, node: yaml.MappingNode, section: str) -> Entries:
+        """The entries of the whole file (`section` empty), of one section or of one source."""
+        entries: Entries = {}
+        for key, key_node, inner in self.items(node, section):
+            entries |= self.setting(section, key, self.where(key_node), inner)
+        return entries
+
+    def setting(self, section: str, key: str, where: str, node: yaml.Node) -> Entries:
+        """One `key: value`, as entries by dotted key."""
+        dotted = f"{section}.{key}" if section else key
+        if dotted in section_classes():
+            return self.section(dotted, where, node)
+        if key not in _fields(section):
+            hint = suggestion(dotted) if len(self.problems) < MOST_TOLD else None
+            self.problem(where, f"`{_short(dotted)}` is not a known key", hint)
+            return {}
+        if dotted == "data.sources" and isinstance(node, yaml.SequenceNode):
+            return self.sources(where, node)
+        return {dotted: Entry(self.value(node, dotted), where, dotted, self.shown(node))}
+
+    def section(self, name: str, where: str, node: yaml.Node) -> Entries:
+        """A section of the run file or one source."""
+        if isinstance(node, yaml.MappingNode):
+            return self.settings(node, name)
+        value = self.value(node, name)
+        if value is None:
+            return {}  # a section whose settings are all commented out
+        if "path" in _fields(name):
+            return {f"{name}.path": Entry(value, where, name, self.shown(node))}
+        message = f"`{name}` is {_quoted(self.shown(node))}, but it is a section with the keys {_listed(_fields(name))}"
+        hint = f"write one of them as `{name}.{next(iter(_fields(name)))}=…`, or indented below `{name}:`"
+        self.problem(where, message, hint)
+        return {}
+
+    def sources(self, where: str, node: yaml.SequenceNode) -> Entries:
+        """The list itself, then each source's place and settings."""
+        self.refuse_tag(node, "data.sources", TAG_PREFIX + "seq")
+        entries = {"data.sources": Entry([], where, "data.sources", self.shown(node))}
+        for index, item in enumerate(node.value):
+            name = f"data.sources[{index}]"
+            entries[name] = Entry({}, self.where(item), name, self.shown(item))
+            entries |= self.section(name, self.where(item), item)
+        return entries
 
 
 def _plain_value(tag: str, text: str) -> Any:
@@ -309,8 +394,7 @@ def _read_file(path: Path) -> tuple[Entries, list[Problem]]:
     if not isinstance(root, yaml.MappingNode):
         message = f"the file is not a list of `key: value` settings, it is {_kind(root)}"
         raise _as_error([Problem(reader.where(root), message, SYNTAX_HINT)])
-    entries, problems = _flatten(reader, root, "")
-    return entries, reader.problems + problems
+    return reader.settings(root, ""), reader.problems
 
 
 def _file_text(path: Path) -> str:
@@ -338,84 +422,77 @@ def _read_override(text: str) -> tuple[Entries, list[Problem]]:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:
-        return {}, [Problem(COMMAND_LINE, f"`{text}` is not an override", "write `key=value`, as in `lora_rank=16`")]
+        message = f"`{_short(text)}` is not an override"
+        return {}, [Problem(COMMAND_LINE, message, "write `key=value`, as in `lora_rank=16`")]
     try:
         node = _compose(value)
     except (yaml.YAMLError, RecursionError) as error:
         wrong = _syntax_problem(error, value, COMMAND_LINE, numbered=False)
-        hint = f"put the value into quotes inside quotes: '{key}=\"…\"'"
-        return {}, [replace(wrong, message=f"`{key}`: the value `{value}` is {wrong.message}", hint=hint)]
+        message = f"`{_short(key)}`: the value `{_short(value)}` is {wrong.message}"
+        return {}, [Problem(COMMAND_LINE, message, f"put the value into quotes inside quotes: '{_short(key)}=\"…\"'")]
     reader = _Reader(value, COMMAND_LINE, numbered=False)  # an empty value composes to no node, and means null
     node = node or _compose("null")
     assert node is not None
-    section, _, leaf = key.partition(".")
-    if not leaf or section not in section_classes():
+    if SOURCE_NAME.fullmatch(key):
+        return reader.section(key, COMMAND_LINE, node), reader.problems
+    section, _, leaf = key.rpartition(".")
+    if not section or not _fields(section):
         section, leaf = "", key
-    entries, problems = _flatten_item(reader, section, leaf, COMMAND_LINE, node)
-    return entries, reader.problems + problems
+    return reader.setting(section, leaf, COMMAND_LINE, node), reader.problems
 
 
-def _flatten(reader: _Reader, node: yaml.MappingNode, section: str) -> tuple[Entries, list[Problem]]:
-    """The entries of the whole file (`section` empty) or of one section."""
-    entries: Entries = {}
-    problems: list[Problem] = []
-    for key, key_node, inner in reader.items(node, section):
-        more, wrong = _flatten_item(reader, section, key, reader.where(key_node), inner)
-        entries |= more
-        problems += wrong
-    return entries, problems
-
-
-def _flatten_item(
-    reader: _Reader, section: str, key: str, where: str, node: yaml.Node
-) -> tuple[Entries, list[Problem]]:
-    """One `key: value` of the top level or of a section, as entries by dotted key."""
-    dotted = f"{section}.{key}" if section else key
-    if not section and key in section_classes():
-        return _flatten_section(reader, key, where, node)
-    if key not in (section_classes()[section].model_fields if section else RunConfig.model_fields):
-        return {}, [Problem(where, f"`{dotted}` is not a known key", suggestion(dotted))]
-    return {dotted: Entry(reader.value(node, dotted), where, dotted, reader.shown(node))}, []
-
-
-def _flatten_section(reader: _Reader, name: str, where: str, node: yaml.Node) -> tuple[Entries, list[Problem]]:
-    if isinstance(node, yaml.MappingNode):
-        return _flatten(reader, node, name)
-    value = reader.value(node, name)
-    if value is None:
-        return {}, []  # a section whose settings are all commented out
-    if name == "data":
-        return {"data.path": Entry(value, where, name, reader.shown(node))}, []
-    inner_keys = _listed(section_classes()[name].model_fields)
-    message = f"`{name}` is {_quoted(reader.shown(node))}, but it is a section with the keys {inner_keys}"
-    first = next(iter(section_classes()[name].model_fields))
-    return {}, [Problem(where, message, f"write one of them as `{name}.{first}=…`, or indented below `{name}:`")]
+def _overridden(entries: Entries, more: Entries) -> tuple[Entries, list[Problem]]:
+    """The entries with those of one override put in their places; a new list of sources takes the old one's."""
+    if "data.sources" in more:
+        return {key: entry for key, entry in entries.items() if not key.startswith("data.sources[")} | more, []
+    lost = next((name[0] for key in more if (name := SOURCE_NAME.match(key)) and name[0] not in entries), None)
+    if lost is None:
+        return entries | more, []
+    count = sum(bool(SOURCE_NAME.fullmatch(key)) for key in entries)
+    message = f"`{lost}` is not there: `data.sources` has {count} item{'' if count == 1 else 's'}"
+    hint = "sources are counted from 0; give the whole list as `data.sources=[…]`"
+    return entries, [Problem(COMMAND_LINE, message, hint)]
 
 
 def _with_found_data(entries: Entries, run_file: Path) -> Entries:
-    """The same entries with `data.path` as seen from the current directory."""
-    entry = entries.get("data.path")
-    if entry is None or not isinstance(entry.value, str) or entry.value.startswith(HUB_PREFIX) or not entry.value:
-        return entries
+    """The same entries with the paths of all sources as seen from the current directory."""
+    return {key: _found(entry, run_file) if SOURCE_PATH.fullmatch(key) else entry for key, entry in entries.items()}
+
+
+def _found(entry: Entry, run_file: Path) -> Entry:
+    if not isinstance(entry.value, str) or entry.value.startswith(HUB_PREFIX) or not entry.value:
+        return entry
     found = os.path.expanduser(entry.value)
     beside_run_file = os.path.normpath(run_file.parent / found)
     if entry.where != COMMAND_LINE and os.path.exists(beside_run_file):
         found = beside_run_file
-    return entries | {"data.path": replace(entry, value=found)}
+    return replace(entry, value=found)
 
 
 # --- from entries to a config ------------------------------------------------------------------------------------
 
 
 def _validate(entries: Entries, source: str) -> tuple[RunConfig | None, list[Problem]]:
-    nested: dict[str, Any] = {}
-    for key, entry in entries.items():
-        section, _, leaf = key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[leaf] = entry.value
     try:
-        return RunConfig.model_validate(nested), []
+        return RunConfig.model_validate(_nested(entries)), []
     except ValidationError as error:
         return None, _problems(error, entries, source)
+
+
+def _nested(entries: Entries) -> dict[str, Any]:
+    """The entries as `RunConfig` takes them; a list comes before its items, which come in order."""
+    nested: dict[str, Any] = {}
+    for key, entry in entries.items():
+        *parents, leaf = re.findall(r"[^.\[\]]+", key)
+        place: Any = nested
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place.setdefault(name, {})
+        value = copy(entry.value)  # a place that is filled here stays empty in the entries
+        if isinstance(place, list):
+            place.append(value)
+        else:
+            place[leaf] = value
+    return nested
 
 
 def _problems(error: ValidationError, entries: Entries, source: str) -> list[Problem]:
@@ -428,26 +505,41 @@ def _problems(error: ValidationError, entries: Entries, source: str) -> list[Pro
                 where = next((entries[key].where for key in one.keys if key in entries), source)
                 found["+".join(one.keys)] = Problem(where, one.message, one.hint)
             continue
-        key = ".".join(str(part) for part in detail["loc"][: 2 if detail["loc"][0] in section_classes() else 1])
-        if key == "data" or key not in entries:
+        key = _key_at(detail["loc"], entries)
+        if key is None:
             found["data"] = _no_data(entries, source)
+        elif SOURCE_NAME.fullmatch(key):  # the one thing that can be wrong with a source as a whole
+            hint = "name a folder, a `.zip` or a dataset, as in `path: my-pictures`"
+            found[key] = Problem(entries[key].where, f"`{key}.{detail['loc'][-1]}` is missing", hint)
         elif key not in found or isinstance(cause, ValueError):
             found[key] = _wrong_value(key, entries[key], detail)
     return list(found.values())
 
 
+def _key_at(location: tuple[int | str, ...], entries: Entries) -> str | None:
+    """The entry that a place in the config came from: the innermost one, as patterns and prompts are none."""
+    key, innermost = "", None
+    for part in location:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+        innermost = key if key in entries else innermost
+    return innermost
+
+
 def _no_data(entries: Entries, source: str) -> Problem:
-    message = "`data.path` is missing" if "data.max_pixels" in entries else "`data` is missing"
-    return Problem(source, message, "name a folder or a .zip of pictures, as in `data: my-pictures`")
+    where = next((entry.where for key, entry in entries.items() if key.startswith("data.")), source)
+    message = "`data` is missing" if where == source else "`data` has neither `path` nor any `sources`"
+    return Problem(where, message, "name a folder or a .zip of pictures, as in `data: my-pictures`")
 
 
 def _wrong_value(key: str, entry: Entry, detail: ErrorDetails) -> Problem:
+    # A text in the place of a section stands for its path, which is then not optional.
+    schema_key = re.sub(r"\[\d+\]", "[]", key) if entry.name == key else "data.sources[].path"
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ValueError):
-        return Problem(entry.where, f"`{entry.name}`: {cause}", PATTERN_HINT)
-    schema = setting_schemas()[key]
+        return Problem(entry.where, f"`{entry.name}`: {cause}", FIELD_HINTS.get(schema_key))
+    schema = setting_schemas()[schema_key]
     message = f"`{entry.name}` is {_quoted(entry.shown)}; expected {expected(schema)}"
-    return Problem(entry.where, message, _value_hint(key, entry, schema))
+    return Problem(entry.where, message, _value_hint(schema_key, entry, schema))
 
 
 def expected(schema: Mapping[str, Any]) -> str:
@@ -458,6 +550,10 @@ def expected(schema: Mapping[str, Any]) -> str:
         return "one of " + _listed(schema["enum"])
     if "const" in schema:
         return f"`{schema['const']}`"
+    if "$ref" in schema:
+        return "a section"
+    if "pattern" in schema:
+        return f"text such as `{schema['examples'][0]}`"
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])}, each {expected(schema['prefixItems'][0])}"
     if schema["type"] == "array":
@@ -488,11 +584,13 @@ def _value_hint(key: str, entry: Entry, schema: Mapping[str, Any]) -> str | None
     options = schema.get("anyOf", [schema])
     kinds = {option.get("type") for option in options}
     choices = [choice for option in options for choice in option.get("enum", [])]
-    takes_any_text = kinds <= {"string", "null"} and not choices and "const" not in schema
-    if entry.value is None:
+    takes_any_text = kinds <= {"string", "null"} and not choices and not {"const", "pattern"} & set(schema)
+    if entry.value is None and "pattern" not in schema:
         return _null_hint(entry.name, schema, takes_any_text=takes_any_text)
+    if entry.name != key and isinstance(entry.value, list):
+        return "write each source as an item of its own: `data: {sources: [pictures, more.zip]}`"
     if isinstance(entry.value, str) and not takes_any_text:
-        return _text_hint(entry, kinds, choices)
+        return _text_hint(entry, kinds, choices) or FIELD_HINTS.get(key)
     if takes_any_text and entry.value != "":
         return f"put it into quotes to make it text: `{entry.name}: {json.dumps(entry.shown, ensure_ascii=False)}`"
     return FIELD_HINTS.get(key)
@@ -518,7 +616,7 @@ def _text_hint(entry: Entry, kinds: set[str | None], choices: list[str]) -> str 
         if close:
             return f"did you mean `{close[0]}`?"
     if "array" in kinds and text:
-        return f"write it as a list: `{name}: [{json.dumps(text, ensure_ascii=False)}]`"
+        return f"write it as a list: `{name}: [{json.dumps(_short(text), ensure_ascii=False)}]`"
     return None
 
 
@@ -531,6 +629,15 @@ def _number_in(text: str) -> str | None:
 # --- the nearest good key ----------------------------------------------------------------------------------------
 
 
+def _fields(section: str) -> Collection[str]:
+    """The keys at the top level (""), in a section or in a source; none for any other name."""
+    if SOURCE_NAME.fullmatch(section):
+        return SourceConfig.model_fields
+    if not section:
+        return RunConfig.model_fields
+    return section_classes()[section].model_fields if section in section_classes() else ()
+
+
 @cache
 def _names() -> dict[str, tuple[str, ...]]:
     """What a key may have been meant as: its own name, its name without the section, and other trainers' names."""
@@ -538,7 +645,8 @@ def _names() -> dict[str, tuple[str, ...]]:
     for key in (*setting_keys(), *section_classes()):
         for name in {key, key.rpartition(".")[2]}:
             found[name] = (*found.get(name, ()), key)
-    return found | {name: (key,) for name, key in ALIASES.items() if name not in setting_keys()}
+    whole = {key: (key,) for key in setting_keys()}
+    return found | {name: (key,) for name, key in ALIASES.items()} | whole
 
 
 def suggestion(key: str) -> str:
@@ -550,16 +658,13 @@ def suggestion(key: str) -> str:
     nearest = _nearest_in_section(section, leaf) or _nearest_anywhere(leaf)
     if nearest:
         return f"did you mean {_listed(nearest, last=' or ')}?"
-    classes = section_classes()
-    if section in classes:
-        return f"`{section}` has the keys {_listed(classes[section].model_fields)}"
+    if section and _fields(section):
+        return f"`{section}` has the keys {_listed(_fields(section))}"
     return f"the keys at the top level are {_listed(RunConfig.model_fields)}"
 
 
 def _nearest_in_section(section: str, leaf: str) -> tuple[str, ...]:
-    if section not in section_classes():
-        return ()
-    close = difflib.get_close_matches(leaf, section_classes()[section].model_fields, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(leaf, _fields(section) if section else (), n=1, cutoff=0.7)
     return (f"{section}.{close[0]}",) if close else ()
 
 
@@ -575,10 +680,12 @@ def _nearest_anywhere(leaf: str) -> tuple[str, ...]:
 
 def _as_error(problems: Sequence[Problem]) -> ConfigError:
     """One error for all problems; a single one keeps its hint apart."""
+    problems = [replace(one, message=_printable(one.message), hint=_printable(one.hint or "")) for one in problems]
     if len(problems) == 1:
-        return ConfigError(f"{problems[0].where}: {problems[0].message}", hint=problems[0].hint)
-    lines = [f"{one.where}: {one.message}" + (f" ({one.hint})" if one.hint else "") for one in problems]
-    return ConfigError("\n".join([f"{len(problems)} mistakes", *lines]))
+        return ConfigError(f"{problems[0].where}: {problems[0].message}", hint=problems[0].hint or None)
+    lines = [f"{one.where}: {one.message}" + (f" ({one.hint})" if one.hint else "") for one in problems[:MOST_TOLD]]
+    more = [f"and {len(problems) - MOST_TOLD} more"] if len(problems) > MOST_TOLD else []
+    return ConfigError("\n".join([f"{len(problems)} mistakes", *lines, *more]))
 
 
 def _reading_order(problem: Problem) -> tuple[bool, int]:
@@ -587,7 +694,18 @@ def _reading_order(problem: Problem) -> tuple[bool, int]:
 
 
 def _kind(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {_quoted(str(node.value)[:60])}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else f"the text {_quoted(_short(str(node.value)))}"
+
+
+def _printable(text: str) -> str:
+    # An escape sequence or a change of writing direction must not reach the terminal.
+    return "".join(letter if letter.isprintable() else f"U+{ord(letter):04X}" for letter in text)
+
+
+def _short(text: str) -> str:
+    """One line of at most 60 characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:57] + "…"
 
 
 def _quoted(shown: str) -> str:

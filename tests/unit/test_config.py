@@ -20,6 +20,7 @@ from flux_ft.config import (
     INEFFECTIVE,
     RunConfig,
     Section,
+    SourceConfig,
     ineffective_settings,
     json_schema,
     section_classes,
@@ -28,7 +29,7 @@ from flux_ft.config import (
     slugify,
 )
 from flux_ft.errors import ConfigError, InputError
-from flux_ft.runfile import ALIASES, LoadedRun, dump_run, load_run, suggestion
+from flux_ft.runfile import ALIASES, MOST_TOLD, LoadedRun, dump_run, load_run, suggestion
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
@@ -112,6 +113,9 @@ def test_learning_rate_follows_the_kind_of_fine_tune(fields: dict[str, Any], rat
         ({"finetune_comment": "!!!", "data": "a/Cats.zip"}, "runs/cats"),
         ({"data": "hf:owner/My_Cats"}, "runs/my-cats"),
         ({"data": "pics/v1.5"}, "runs/v1-5"),
+        ({"data": "hf:owner/My_Cats@refs/pr/1:small"}, "runs/my-cats"),
+        ({"data": "a/Cats.Parquet"}, "runs/cats"),
+        ({"data": {"sources": ["a/Cats.zip", "b"]}}, "runs/cats"),
         ({"data": "/"}, "runs/run"),
         ({"finetune_comment": "cat", "output": "elsewhere/x"}, "elsewhere/x"),
     ],
@@ -178,8 +182,6 @@ def test_a_request_body_of_the_hosted_api_is_a_run_file() -> None:
     assert loaded.config.trigger_word == "😀"
     assert "hush" not in repr(loaded) + dump_run(loaded.config) + " ".join(loaded.warnings)
     assert [warning.split("`")[1] for warning in loaded.warnings] == [
-        "captioning",
-        "priority",
         "webhook_url",
         "webhook_secret",
     ]
@@ -201,10 +203,26 @@ def test_data_is_looked_for_beside_the_run_file_then_here() -> None:
 
 def test_data_from_the_hub_and_from_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/srv/someone")
+    monkeypatch.setenv("USERPROFILE", "/srv/someone")
     assert load("data: hf:owner/name\n").config.data.path == "hf:owner/name"
     assert load("data: ~/pics\n").config.data.path == "/srv/someone/pics"
     assert load("data: /abs/pics\n").config.data.path == "/abs/pics"
     assert load(f"data: {'x' * 5000}\n").config.data.path == "x" * 5000
+
+
+def test_each_source_is_looked_for_beside_the_run_file_then_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/srv/someone")
+    monkeypatch.setenv("USERPROFILE", "/srv/someone")
+    Path("jobs").mkdir()
+    Path("jobs/a.zip").touch()
+    Path("jobs/b").mkdir()
+    path = write(
+        "data: {path: b, sources: [a.zip, {path: c}, hf:b, ~/d, {path: ./b/../b, limit: 1}]}\n", "jobs/run.yaml"
+    )
+    assert [source.path for source in load_run(path, ["data.sources[4].split=test"]).config.data.all_sources] == [
+        str(Path("jobs/b")), str(Path("jobs/a.zip")), "c", "hf:b", "/srv/someone/d", str(Path("jobs/b")),
+    ]  # fmt: skip
+    assert load_run(path, ["data.sources=[b]", "data.path=c"]).config.data.sources[0].path == "b"
 
 
 # --- files that cannot be read -----------------------------------------------------------------------------------
@@ -224,6 +242,8 @@ def test_data_from_the_hub_and_from_home(monkeypatch: pytest.MonkeyPatch) -> Non
         ("data: x\n---\ndata: y\n", "run.yaml:2: ", "another document"),
         ("data: &a x\nmodel: *a\n", "run.yaml:2: ", "aliases"),
         ("data: x\nmodel: a\x01b\n", "run.yaml:2: ", "U+0001"),
+        ('data: x\nmodel: "\\U00110000"\n', "run.yaml:2: ", "an escape names no character"),
+        ('data: x\nmodel: "\\UFFFFFFFF"\n', "run.yaml:2: ", "an escape names no character"),
         ("[" * 5000, "run.yaml:1: ", "nested too deeply"),
         (b"model: x\ndata: caf\xe9\n", "run.yaml:2: ", "not UTF-8"),
         ("data: x\n".encode("utf-16"), "run.yaml:1: ", "not UTF-8"),
@@ -250,6 +270,10 @@ def test_tags_build_nothing() -> None:
     message, _ = refusal("data: x\nmodel: !!python/object/apply:os.getcwd []\nseed: !!int 'x'\n")
     assert "run.yaml:2: `model`" in message
     assert "run.yaml:3: `seed` has the tag" in message
+    assert all("has the tag" in refusal(f"data: x\nseed: {tag} x\n")[0] for tag in ("!!int", "!!float", "!!null"))
+    assert "`captioning` has the tag" in refusal("data: x\ncaptioning: !!bool yes\n")[0]
+    assert "`lora` has the tag `!x`" in refusal("data: x\nlora: !x {alpha: 3}\n")[0]
+    assert "`preview.prompts` has the tag `!x`" in refusal("data: x\npreview: {prompts: !x [a]}\n")[0]
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -274,8 +298,15 @@ def test_an_unknown_key_names_file_line_key_and_the_nearest() -> None:
         ("optim.lr", "`learning_rate`"),
         ("steps", "`iterations`"),
         ("preview.step", "`preview.steps`"),
-        ("resolution", "`data.max_pixels`"),
-        ("data.resolution", "`data.max_pixels`"),
+        ("resolution", "`data.resolutions`"),
+        ("data.resolution", "`data.resolutions`"),
+        ("num_repeats", "`data.repeats`"),
+        ("batch_size", "`optim.batch_size`"),
+        ("captioner.batchsize", "`captioner.batch_size`"),
+        ("data.sources[2].repeat", "`data.sources[2].repeats`"),
+        ("data.sources[2].max_pixel", "`data.max_pixels`"),
+        ("data.sources[2].xyz", "`data.sources[2]` has the keys `path`, `repeats`"),
+        ("seed_", "did you mean `seed`?"),
         ("weight_decay", "`optim.weight_decay`"),
         ("optimiser", "`optim`"),
         ("file_data", "`data`"),
@@ -306,11 +337,91 @@ def test_a_key_given_twice_names_both_lines(text: str, message: str) -> None:
     assert refusal(text)[0] == message
 
 
-@pytest.mark.parametrize("text", ["model: x\n", "data:\n", "data: {max_pixels: 5000}\n", "data: {}\n"])
-def test_data_is_required(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: x\n", "run.yaml: `data` is missing"),
+        ("data:\n", "run.yaml: `data` is missing"),
+        ("data: {}\n", "run.yaml: `data` is missing"),
+        ("model: x\ndata: {max_pixels: 5000}\n", "run.yaml:2: `data` has neither `path` nor any `sources`"),
+        ("data: {sources: []}\n", "run.yaml:1: `data` has neither `path` nor any `sources`"),
+        ("data:\n  sources:\n  path: null\n", "run.yaml:2: `data.sources` is left empty; expected a list"),
+    ],
+)
+def test_data_is_required(text: str, told: str) -> None:
     message, hint = refusal(text)
-    assert re.match(r"run\.yaml: `data(\.path)?` is missing", message)
-    assert "data: my-pictures" in hint
+    assert message.startswith(told)
+    assert "data: my-pictures" in hint or "leave it out" in hint
+
+
+@pytest.mark.parametrize(
+    ("item", "line", "told", "hint"),
+    [
+        ("path: b\n      repaets: 2", 5, ".repaets` is not a known key", "[1].repeats`"),
+        ("path: b\n      max_pixels: 9", 5, ".max_pixels` is not a known", "`data.max_pixels`"),
+        ("path: b\n      repeats: 0", 5, ".repeats` is `0`; expected a whole number from 1 to 1000", ""),
+        ("path: b\n      weight: '2'", 5, ".weight` is `'2'`; expected a number above 0", "[1].weight: 2`"),
+        ("path: b\n      limit: 1.5", 5, ".limit` is `1.5`; expected a whole number from 1", ""),
+        ("path: b\n      streaming: yes", 5, ".streaming` is `yes`; expected true", "[1].streaming: true`"),
+        ("path: b\n      split: null", 5, ".split` is `null`; expected text", '`"train"`'),
+        ("path: b\n      path: c", 5, ".path` is given twice, first at run.yaml:4", "remove one"),
+        ("path: null", 4, ".path` is `null`; expected text that is not empty", "no default"),
+        ("path: [b]", 4, ".path` is `[b]`; expected text that is not empty", ""),
+        ("path: ''", 4, ".path` is `''`; expected text that is not empty", ""),
+        ("repeats: 2", 4, ".path` is missing", "path: my-pictures"),
+        ("{}", 4, ".path` is missing", "path: my-pictures"),
+        ("", 4, ".path` is missing", "path: my-pictures"),
+        ("2024", 4, "` is `2024`; expected text that is not empty", '`data.sources[1]: "2024"`'),
+        ("[b, c]", 4, "` is `[b, c]`; expected text", "an item of its own"),
+        ("!x b", 4, "` has the tag `!x`", "remove the tag"),
+        ("./a", 4, "` reads the same pictures as `data.sources[0]`", "`data.sources[0].repeats`"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_source_is_told_with_its_own_line_and_name(item: str, line: int, told: str, hint: str) -> None:
+    message, way_out = refusal(f"data:\n  sources:\n    - a\n    - {item}\n    - c\n")
+    assert message.startswith(f"run.yaml:{line}: `data.sources[1]{told}")
+    assert "\n" not in message
+    assert hint in way_out
+
+
+def test_mistakes_in_several_sources_are_told_in_reading_order() -> None:
+    message, _ = refusal(
+        "data:\n  sources:\n    - {path: a, repeats: 0}\n    - 3\n    - {rows: 2}\n  path: ''\nmode: x\n"
+    )
+    assert [line.split("`")[:2] for line in message.splitlines()[1:]] == [
+        ["run.yaml:3: ", "data.sources[0].repeats"],
+        ["run.yaml:4: ", "data.sources[1]"],
+        ["run.yaml:5: ", "data.sources[2].rows"],
+        ["run.yaml:5: ", "data.sources[2].path"],
+        ["run.yaml:6: ", "data.path"],
+        ["run.yaml:7: ", "mode"],
+    ]
+
+
+def test_of_very_many_mistakes_the_first_are_told() -> None:
+    message, _ = refusal("data: x\n" + "".join(f"key{index}: 1\n" for index in range(5000)))
+    first, *lines, last = message.splitlines()
+    assert (first, last, len(lines)) == ("5000 mistakes", f"and {5000 - MOST_TOLD} more", MOST_TOLD)
+    assert lines[0].startswith("run.yaml:2: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('data: x\n"\\e[31mred": 1\n', "`U+001B[31mred`"),
+        ('"\\e]0;title\\a"\n', "the text `U+001B]0;titleU+0007`"),
+        ("data: x\nmode: \u202egnp.tac\n", "`U+202Egnp.tac`"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_its_number(text: str, shown: str) -> None:
+    message, hint = refusal(text)
+    assert shown in message
+    assert (message + hint).isprintable()
+
+
+@pytest.mark.parametrize("escape", ["\\0", "\\ud83d", "\\uDC00 b"])
+def test_what_no_file_can_hold_is_refused(escape: str) -> None:
+    assert "is not a character of any text" in refusal(f'data: x\ntrigger_word: "{escape}"\n')[0]
 
 
 # --- values ------------------------------------------------------------------------------------------------------
@@ -350,6 +461,13 @@ def test_data_is_required(text: str) -> None:
         ("lora: {targets: all}", "expected one of `blocks`, `attention` or a list", ""),
         ("lora: {targets: []}", "expected one of `blocks`, `attention` or a list of at least one", ""),
         ("lora: {targets: [a, '(']}", "`(` is not a regular expression", "module paths"),
+        (f"lora: {{targets: ['{'(' * 5000}']}}", "is not a regular expression", "module paths"),
+        ("lora: {targets: ['a{1,99999999999}']}", "is not a regular expression", "module paths"),
+        ("captioner: {max_tokens: 7}", "expected a whole number from 8 to 1024", ""),
+        ("captioner: {batch_size: 0}", "expected a whole number of at least 1", ""),
+        ("captioner: {model: ''}", "`captioner.model` is `''`; expected text that is not empty", ""),
+        ("captioner: {beside_pictures: on}", "expected true or false", "`captioner.beside_pictures: true`"),
+        ("captioner: {modle: a}", "`captioner.modle` is not a known key", "did you mean `captioner.model`?"),
         ("lora: 16", "`lora` is `16`, but it is a section with the keys `alpha`, `targets`, `dropout`", "lora.alpha=…"),
         ("validation: {fraction: 0.6}", "expected a number from 0 to 0.5", ""),
         ("preview: {every: 0}", "`preview.every` is `0`; expected a whole number of at least 1 or null", ""),
@@ -372,6 +490,48 @@ def test_a_side_given_as_an_area_is_caught() -> None:
     message, hint = refusal("data:\n  path: x\n  max_pixels: 1024\n")
     assert message.startswith("run.yaml:3: `data.max_pixels` is `1024`")
     assert "1048576" in hint
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("repeats: 1001", "expected a whole number from 1 to 1000", ""),
+        ("weight: 0", "expected a number above 0", ""),
+        ("caption_column: 3", "expected text that is not empty or null", '`data.caption_column: "3"`'),
+        ("image_column: ''", "expected text that is not empty or null", ""),
+        ("split: [train]", "expected text that is not empty", ""),
+        ("streaming: 1", "expected true or false", ""),
+        ("limit: 0", "expected a whole number from 1 to 1000000000000 or null", ""),
+        ("sources: more.zip", "expected a list, each text or a section", '`data.sources: ["more.zip"]`'),
+        ("sources: {path: more}", "expected a list, each text or a section", "sources: [pictures, {path: more.zip"),
+        ("sources: null", "expected a list, each text or a section", "the default, `[]`"),
+        ("resolutions: 512", "a list of at least one, each a whole number from 16 to 8192 or null", "[512, 768"),
+        ("resolutions: []", "expected a list of at least one", "not areas"),
+        ("resolutions: [1048576]", "each a whole number from 16 to 8192 or null", "these are sides, not areas"),
+        ("resolutions: [512, 768, 512]", "`data.resolutions`: 512 is given twice", "sides"),
+        ("on_bad: ignore", "expected one of `skip`, `stop`", ""),
+        ("background: #000000", "is left empty; expected text such as `#ffffff`", "put it into quotes"),
+        ("background: white", "`data.background` is `white`; expected text such as `#ffffff`", "`#` starts a comment"),
+        ("background: 0", "`data.background` is `0`; expected text such as `#ffffff`", "`#` starts a comment"),
+        ("alpha: masks", "expected one of `background`, `mask`", "did you mean `mask`?"),
+        ("masks: no", "expected true or false", "write `data.masks: false`"),
+        ("unmasked_weight: 1.5", "expected a number from 0 to 1", ""),
+        ("caption_dropout: 1", "expected a number from 0 to less than 1", ""),
+        ("tag_orders: 0", "expected a whole number from 1 to 64", ""),
+        ("resample_latents: null", "expected true or false", "the default, `true`"),
+    ],
+)  # fmt: skip
+def test_a_wrong_data_setting_says_what_is_expected(line: str, message: str, hint: str) -> None:
+    told, way_out = refusal(f"data:\n  path: x\n  {line}\n")
+    assert told.startswith(f"run.yaml:3: `data.{line.partition(':')[0]}`")
+    assert message in told
+    assert hint in way_out
+
+
+def test_several_sources_in_the_place_of_one() -> None:
+    message, hint = refusal("data: [a.zip, b.zip]\n")
+    assert message == "run.yaml:1: `data` is `[a.zip, b.zip]`; expected text that is not empty"
+    assert hint == "write each source as an item of its own: `data: {sources: [pictures, more.zip]}`"
 
 
 def test_data_as_a_number_is_named_as_it_was_written() -> None:
@@ -402,6 +562,7 @@ def test_all_mistakes_are_told_at_once_in_reading_order() -> None:
     [
         ("data: x\nschedule: {warmup_steps: 6}\niterations: 5\n", 2, ("schedule.warmup_steps", "iterations")),
         ("data: x\nvalidation: {fraction: 0.1, every: null}\n", 2, ("validation.fraction", "validation.every")),
+        ("data:\n  path: x\n  max_pixels: 9000\n  resolutions: [64, 95]\n", 4, ("data.resolutions", "data.max_pixels")),
     ],
 )
 def test_a_contradiction_is_one_message_that_names_both_keys(text: str, line: int, keys: tuple[str, ...]) -> None:
@@ -452,6 +613,8 @@ def test_an_override_mends_the_file() -> None:
         ("--lora_rank=3", "`--lora_rank` is not a known key", "did you mean `lora_rank`?"),
         ("lora_rank", "`lora_rank` is not an override", "key=value"),
         ("=3", "`=3` is not an override", "key=value"),
+        (".lora_rank=3", "`.lora_rank` is not a known key", "did you mean `lora_rank`?"),
+        ("lora.=3", "`lora.` is not a known key", ""),
         ("lora_rank=abc", "`lora_rank` is `abc`; expected a whole number from 1 to 256", ""),
         ("captioning=no", "`captioning` is `no`", "captioning: false"),
         ("trigger_word=@cat", "`trigger_word`: the value `@cat` is not valid YAML", "quotes"),
@@ -463,6 +626,46 @@ def test_a_wrong_override_is_told_like_a_wrong_line(override: str, message: str,
     told, way_out = refusal("data: x\n", override)
     assert told.startswith("command line: ")
     assert message in told
+    assert hint in way_out
+
+
+def test_overrides_of_sources() -> None:
+    text = "data:\n  path: pics\n  sources: [a, {path: b, repeats: 2}]\n"
+    written = [("pics", 1), ("a", 1), ("b", 2)]
+
+    def sources(*overrides: str) -> list[tuple[str, int]]:
+        return [(source.path, source.repeats) for source in load(text, *overrides).config.data.all_sources]
+
+    assert sources() == written
+    assert sources("data.path=c") == sources("data=c") == [("c", 1), *written[1:]]
+    assert sources("data.sources=[c, {path: d, repeats: 3}, e]") == [written[0], ("c", 1), ("d", 3), ("e", 1)]
+    assert sources("data.sources=[c]") == sources("data={sources: [c]}") == [written[0], ("c", 1)]
+    assert sources("data.sources=[]") == written[:1]
+    assert sources("data.sources[1].repeats=5") == [*written[:2], ("b", 5)]
+    assert sources("data.sources[0]=c", "data.sources[1]={repeats: 4}") == [written[0], ("c", 1), ("b", 4)]
+    assert sources("data.sources=[c]", "data.sources[0].repeats=7") == [written[0], ("c", 7)]
+
+
+def test_an_override_mends_a_source() -> None:
+    config = load("data: {sources: [{repeats: 2}, 3]}\n", "data.sources[0].path=a", "data.sources[1]=b").config
+    assert [source.path for source in config.data.sources] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("data.sources[2].repeats=3", "`data.sources[2]` is not there: `data.sources` has 2 items", "from 0"),
+        ("data.sources[2]=c", "`data.sources[2]` is not there: `data.sources` has 2 items", "data.sources=[…]"),
+        ("data.sources[1].repeat=3", "`data.sources[1].repeat` is not a known key", "`data.sources[1].repeats`"),
+        ("data.sources[1].repeats=x", "`data.sources[1].repeats` is `x`; expected a whole number from 1", ""),
+        ("data.sources[-1].repeats=3", "`data.sources[-1].repeats` is not a known key", ""),
+        ("data.sources=[a, {path: c, repeats: 0}]", "`data.sources[1].repeats` is `0`; expected a whole number", ""),
+        ("data.sources=c.zip", "`data.sources` is `c.zip`; expected a list, each text or a section", '["c.zip"]'),
+    ],
+)
+def test_a_wrong_override_of_a_source(override: str, message: str, hint: str) -> None:
+    told, way_out = refusal("data: {sources: [a, b]}\n", override)
+    assert told.startswith(f"command line: {message}")
     assert hint in way_out
 
 
@@ -482,8 +685,36 @@ def test_a_wrong_override_is_told_like_a_wrong_line(override: str, message: str,
         ("data: x\nvalidation: {every: 10, fraction: 0.1}\n", []),
         ("data: x\ncheckpoint: {every: null, keep: 3}\n", ["checkpoint.keep"]),
         ("data: x\niterations: 5\nschedule: {name: cosine, warmup_steps: 5}\n", ["schedule.name"]),
-        ("data: x\ncaptioning: true\n", ["captioning"]),
         ("data: x\ncaptioning: false\n", []),
+        ("data: x\ncaptioner: {model: a, batch_size: 2, max_tokens: 99}\n", []),
+        (
+            "data: x\ncaptioning: false\ncaptioner: {model: a, max_tokens: 9}\n",
+            ["captioner.model", "captioner.max_tokens"],
+        ),
+        ("data: .\ncaptioner: {beside_pictures: true}\n", []),
+        ("data: hf:a/b\ncaptioner: {beside_pictures: true}\n", ["captioner.beside_pictures"]),
+        ("data: {sources: [hf:a/b, .]}\ncaptioner: {beside_pictures: true}\n", []),
+        ("data: x\npriority: speed\n", []),
+        (
+            "data: {path: x, resolutions: [512], max_pixels: 300000}\npriority: speed\n",
+            ["priority", "data.max_pixels"],
+        ),
+        ("data: {path: x, background: '#000000', unmasked_weight: 0.1}\n", []),
+        ("data: {path: x, alpha: mask, masks: false, unmasked_weight: 0.1}\n", []),
+        ("data: {path: x, alpha: mask, background: '#000000'}\n", ["data.background"]),
+        ("data: {path: x, masks: false, unmasked_weight: 0.1}\n", ["data.unmasked_weight"]),
+        ("data: {path: x, repeats: 2, weight: 0.5, caption_column: b}\n", []),
+        ("data: {sources: [x], repeats: 2, split: b}\n", ["data.repeats", "data.split"]),
+        (
+            "data: {path: a.zip, image_column: a, split: b, streaming: true, limit: 3, caption_column: c}\n",
+            ["data.image_column", "data.split", "data.streaming", "data.limit"],
+        ),
+        ("data: {path: hf:a/b, image_column: a, split: b, streaming: true, limit: 3}\n", []),
+        ("data: {path: a/b.PARQUET, split: b}\n", []),
+        (
+            "data: {sources: [{path: ., limit: 3}, {path: hf:a/b, limit: 3}, {path: b, split: c}]}\n",
+            ["data.sources[0].limit", "data.sources[2].split"],
+        ),
         ("data: x\nwebhook_secret: s\n", ["webhook_secret"]),
     ],
 )
@@ -491,6 +722,15 @@ def test_settings_without_effect_are_warned_about_by_name(text: str, keys: list[
     warnings = load(text).warnings
     assert [warning.split("`")[1] for warning in warnings] == keys
     assert all(" has no effect: " in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("name", ["0000.parquet", "dataset_info.json", "dataset_dict.json"])
+def test_a_folder_that_may_be_a_dataset_is_not_warned_about(name: str) -> None:
+    Path("set").mkdir()
+    text = "data: {path: set, split: test}\n"
+    assert load(text).warnings == ["`data.split` has no effect: the pictures of `data` are not a dataset"]
+    Path("set", name).touch()
+    assert load(text).warnings == []
 
 
 def test_only_what_was_given_is_warned_about() -> None:
@@ -502,7 +742,7 @@ def test_only_what_was_given_is_warned_about() -> None:
 
 # --- out again ---------------------------------------------------------------------------------------------------
 
-texts = st.text(st.characters(exclude_characters="\0"), max_size=20)  # NUL is refused
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)  # these are refused
 odd_words = st.sampled_from(
     [
         "a\x85",
@@ -553,6 +793,18 @@ def test_a_dump_loads_back_to_an_equal_config(tmp_path_factory: pytest.TempPathF
     assert load_run(path).config == config
 
 
+def test_a_dump_with_sources_loads_back() -> None:
+    config = load(
+        "data:\n  repeats: 2\n  path: no\n  resolutions: [512, 1024]\n  background: '#102030'\n"
+        "  sources: [hf:a/b, '1e5', {path: c.zip, repeats: 3, weight: .5, caption_column: on, split: '07', limit: 9}]\n"
+    ).config
+    assert [source.repeats for source in config.data.all_sources] == [2, 1, 1, 3]
+    assert load(dump_run(config)).config == config
+    sources_alone = run_of(data={"sources": ["a"]})
+    assert load(dump_run(sources_alone)).config == sources_alone
+    assert RunConfig.model_validate(sources_alone.model_dump()) == sources_alone
+
+
 def test_a_dump_is_complete_and_in_order() -> None:
     content = yaml.safe_load(dump_run(run_of()))
     assert list(content) == [key for key in RunConfig.model_fields if not key.startswith("webhook")]
@@ -586,15 +838,18 @@ def test_the_shipped_schema_is_current() -> None:
 def test_the_schema_takes_data_as_text_or_section_and_refuses_unknown_keys() -> None:
     schema = json_schema()
     assert {"type": "string"} in schema["properties"]["data"]["anyOf"]
+    assert {"type": "string"} in schema["$defs"]["DataConfig"]["properties"]["sources"]["items"]["anyOf"]
+    assert {"$ref": "#/$defs/SourceConfig"} in schema["$defs"]["DataConfig"]["properties"]["sources"]["items"]["anyOf"]
+    assert schema["$defs"]["SourceConfig"]["required"] == ["path"]
     assert schema["required"] == ["data"]
     assert all(part["additionalProperties"] is False for part in (schema, *schema["$defs"].values()))
 
 
 def test_the_number_of_settings_is_a_decision() -> None:
-    assert len(setting_keys()) == 47, "each setting is something to learn, test and keep: is the new one worth it?"
+    assert len(setting_keys()) == 68, "each setting is something to learn, test and keep: is the new one worth it?"
 
 
-@pytest.mark.parametrize("key", setting_keys())
+@pytest.mark.parametrize("key", setting_schemas())
 def test_every_setting_is_one_sentence_that_ends_in_its_off_switch(key: str) -> None:
     said = setting_schemas()[key]["description"]
     assert said.endswith(".")
@@ -603,7 +858,7 @@ def test_every_setting_is_one_sentence_that_ends_in_its_off_switch(key: str) -> 
 
 
 def test_every_field_has_a_docstring() -> None:
-    models: list[type[Section]] = [RunConfig, *section_classes().values()]
+    models: list[type[Section]] = [RunConfig, SourceConfig, *section_classes().values()]
     assert all(info.description for model in models for info in model.model_fields.values())
 
 
