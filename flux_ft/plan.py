@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from flux_ft.config import RunConfig
-from flux_ft.data.ingest import ingest
+from flux_ft.config import CaptionerConfig, RunConfig
+from flux_ft.data.captions_file import read_captions
+from flux_ft.data.index import ScanIndex, default_index_path
+from flux_ft.data.ingest import Rules, Wording, ingest
 from flux_ft.data.report import report_json
 from flux_ft.errors import ConfigError, ModelError
 from flux_ft.families.base import Variant
-from flux_ft.families.registry import find_variant
-from flux_ft.types import DatasetReport
+from flux_ft.families.registry import find_variant, parts_source
+from flux_ft.families.tokens import caption_counter
+from flux_ft.types import Bucket, DatasetReport, Decoding, Sample
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,30 @@ class Checked:
             "pictures_per_step": self.pictures_per_step,
             "times_each_picture_is_seen": round(self.times_seen, 2),
             "buckets": {f"{b.width_px}x{b.height_px}": count for b, count in self.buckets.items()},
+            "to_be_captioned": self.to_be_captioned,
             "data": report_json(self.report),
         }
 
     def for_people(self) -> str:
         """For people."""
         report, config = self.report, self.config
+        skipped = [one for one in report.skipped if not one.ignored]
+        noted = [(sample.file.name, text) for sample in report.samples for text in sample.warnings]
         lines = [
             f"model     {self.variant.name}: {self.variant.summary or self.variant.source}",
-            f"pictures  {len(report.placed)} used, {len(report.skipped)} skipped",
-            *(f"          skipped {one.path}: {one.reason}" for one in report.skipped[:10]),
-            *([f"          and {len(report.skipped) - 10} more"] if len(report.skipped) > 10 else []),
+            f"pictures  {len(report.samples)} used, {len(skipped)} files skipped",
+            *_at_most([f"          skipped {one.file.name}: {one.reason}" for one in skipped]),
+            *_at_most([f"          {name}: {text}" for name, text in noted]),
             *(f"warning   {text}" for text in report.warnings),
-            "buckets   " + ", ".join(f"{b.width_px}×{b.height_px}: {n}" for b, n in self.buckets.items()),
-            *(f"caption   {one.sample.path.name}: {one.sample.caption}" for one in report.placed[:3]),
+            *([f"captions  {self.to_be_captioned} are written by the captioner when training starts, or now by "
+               "`flux-ft caption`"] if self.to_be_captioned else []),
+            *_at_most([f"sizes     {b.width_px}×{b.height_px}: {n}" for b, n in self.buckets.items()]),
+            *(f"caption   {sample.file.name}: {sample.caption}" for sample in report.samples[:3]),
             f"training  LoRA rank {config.lora_rank}, {config.iterations} steps of {self.pictures_per_step} pictures "
             f"(each is seen {self.times_seen:.1f} times), learning rate {config.resolved_learning_rate:g}",
             f"output    {config.output_dir}",
             "ok",
-        ]
+        ]  # fmt: skip
         return "\n".join(lines)
 
     @property
@@ -60,12 +68,53 @@ class Checked:
 
     @property
     def times_seen(self) -> float:
-        return self.config.iterations * self.pictures_per_step / len(self.report.placed)
+        per_pass = sum(sample.repeats for sample in self.report.samples)
+        return self.config.iterations * self.pictures_per_step / per_pass
 
     @property
-    def buckets(self) -> dict[Any, int]:
-        """Pictures in each bucket, the fullest first."""
+    def buckets(self) -> dict[Bucket, int]:
+        """Pictures in each bucket, the fullest first; a picture counts at every size it is trained at."""
         return dict(Counter(one.bucket for one in self.report.placed).most_common())
+
+    @property
+    def to_be_captioned(self) -> int:
+        """Pictures that the captioner has still to describe."""
+        return len(uncaptioned(self.config, self.variant, self.report))
+
+
+LINES_AT_MOST = 10
+
+
+def _at_most(lines: list[str]) -> list[str]:
+    more = len(lines) - LINES_AT_MOST
+    return [*lines[:LINES_AT_MOST], *([f"          and {more} more; see the report"] if more > 0 else [])]
+
+
+def uncaptioned(config: RunConfig, variant: Variant, report: DatasetReport) -> list[Sample]:
+    """What a captioner would describe: pictures that came without words, where captioning is on and of use."""
+    if not (config.captioning and variant.free_captions):
+        return []
+    return [sample for sample in report.samples if sample.caption_source == "trigger"]
+
+
+def training_areas(config: RunConfig, variant: Variant) -> tuple[int, ...]:
+    """Largest picture areas in pixels, one for each size that pictures are trained at, largest first.
+
+    `priority: quality` trains every size that the model was made for, `high_res_only` the largest alone, `speed` the
+    smaller ones; `data.resolutions` and `data.max_pixels` have the last word.
+    """
+    sides = variant.training_sides_px
+    by_priority = {"quality": sides, "high_res_only": sides[:1], "speed": sides[1:] or sides}
+    wanted = config.data.resolutions or by_priority[config.priority]
+    cap = min(config.data.max_pixels or variant.max_pixels, variant.max_pixels)
+    return tuple(sorted({min(side * side, cap) for side in wanted}, reverse=True))
+
+
+def ingest_rules(config: RunConfig, variant: Variant) -> Rules:
+    """How this run turns files into pixels."""
+    red, green, blue = bytes.fromhex(config.data.background.removeprefix("#"))
+    decoding = Decoding(background=(red, green, blue), alpha_is_mask=config.data.alpha == "mask")
+    return Rules(training_areas(config, variant), variant.pixel_multiple, decoding)
 
 
 def check_run(config: RunConfig) -> Checked:
@@ -94,8 +143,21 @@ def check_run(config: RunConfig) -> Checked:
                 f"`preview.{name}` is {side} px; {variant.name} draws multiples of {variant.pixel_multiple} px",
                 hint=f"use {max(1, round(side / variant.pixel_multiple)) * variant.pixel_multiple}",
             )
-    cap = min(config.data.max_pixels or variant.max_pixels, variant.max_pixels)
-    report = ingest(config.data.path, config.trigger_word, config.mode, cap, variant.pixel_multiple)
+    for side in config.data.resolutions or ():
+        if side < variant.pixel_multiple:
+            raise ConfigError(
+                f"`data.resolutions` names {side} px; {variant.name} draws nothing below {variant.pixel_multiple} px",
+                hint="sides of a square in pixels, as in `resolutions: [1024, 512]`",
+            )
+    wording = Wording(
+        config.trigger_word,
+        config.mode,
+        read_captions(config.output_dir, config.captioner.model, config.mode) if config.captioning else {},
+        caption_counter(variant, parts_source(config.model, config.model_parts)),
+        captioner_follows=config.captioning and variant.free_captions,
+    )
+    with ScanIndex(default_index_path()) as index:
+        report = ingest(config.data, ingest_rules(config, variant), wording, index)
     return Checked(config, variant, replace(report, warnings=(*report.warnings, *_without_effect(config, variant))))
 
 
@@ -104,6 +166,13 @@ def _without_effect(config: RunConfig, variant: Variant) -> list[str]:
     found = []
     if config.data.max_pixels is not None and config.data.max_pixels > variant.max_pixels:
         found.append(f"`data.max_pixels` has no effect above {variant.name}'s {variant.max_pixels:,}")
+    larger = [side for side in config.data.resolutions or () if side * side > variant.max_pixels]
+    if larger:
+        found.append(f"`data.resolutions`: {max(larger)} is cut to {variant.name}'s {variant.max_pixels:,} pixels")
+    if config.priority != "quality" and len(variant.training_sides_px) == 1:
+        found.append(f"`priority` has no effect: {variant.name} has one training size")
+    if config.captioning and not variant.free_captions and config.captioner != CaptionerConfig():
+        found.append(f"`captioner` has no effect: {variant.name} does not understand free sentences")
     if config.preview.guidance is not None and not variant.guidance_embedded:
         found.append(f"`preview.guidance` has no effect: {variant.name} has no guidance embedding")
     return found

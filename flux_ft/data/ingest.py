@@ -1,189 +1,574 @@
-"""A folder to a DatasetReport: every file that was found is used, skipped with a reason, or ignored by rule.
+"""Sources to a DatasetReport: every file that was found is used, or skipped with a reason. Loads without torch.
 
-Ignored: names that begin with a dot, and `__MACOSX` folders. Loads without torch.
+    source ─files→ FoundFile ─scan (threads; remembered in the index)→ what its pixels tell ─captions→ Sample
+
+Pictures are read in the order of their source and decoded in worker threads, a bounded number in flight, so that a
+stream is read once and memory does not grow with the set.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
 
-from flux_ft.data.buckets import bucket_for
-from flux_ft.data.captions import Mode, bare_caption, has_trigger, place_trigger
-from flux_ft.data.images import probe
+from flux_ft import log
+from flux_ft.config import DataConfig, SourceConfig
+from flux_ft.data.buckets import bucket_for, crop_loss
+from flux_ft.data.captions import Mode, bare_caption, names_trigger, place_trigger, read_metadata
+from flux_ft.data.folder import hidden_reason
+from flux_ft.data.images import load_mask, load_picture, read_header
+from flux_ft.data.index import Entry, ScanIndex, is_settled, scan_key
+from flux_ft.data.parallel import ordered_map, usable_cpus
+from flux_ft.data.signals import advice, picture_warnings, same_scene
+from flux_ft.data.signals import measure as measure_signals
+from flux_ft.data.sources import open_source
 from flux_ft.errors import DataError
-from flux_ft.types import DatasetReport, PlacedSample, Sample, Skipped
+from flux_ft.types import (
+    Bucket,
+    CaptionSource,
+    DatasetReport,
+    Decoding,
+    FoundFile,
+    Sample,
+    SideFile,
+    Signals,
+    Skipped,
+    Source,
+    SourceFile,
+    TokenCount,
+)
 
-IGNORED_FOLDERS = ("__MACOSX",)
+SCAN_VERSION = 1
+"""Raise it when the same file would be scanned to other results: the index then forgets what it knows."""
+CAPTION_ENDINGS: tuple[tuple[str, CaptionSource], ...] = ((".txt", "txt"), (".caption", "caption"))
+"""Caption files, the one that wins first."""
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+MASK_SUFFIX = "_mask"
+PICTURE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".jfif", ".jpe"))
+"""What `on_bad: stop` takes for a picture when its content no longer tells."""
+LARGEST_CAPTION_BYTES = 100_000
+THUMBNAIL_PX = 224
+THUMBNAILS_AT_MOST = 300
+"""Pictures past this many have no thumbnail in the report, so that page and memory stay small."""
+NOTABLE_CROP_LOSS = 0.1
+BAR_FROM = 50
+"""Sets smaller than this are scanned too fast for a progress bar."""
 NAMED_AT_MOST = 5
 """How many files a message names before it only counts them."""
+
+CaptionCounter = Callable[[Sequence[str]], list[tuple[TokenCount, ...]]]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides, besides the files, which pixels are trained on."""
+
+    areas: tuple[int, ...]
+    """Largest picture areas in pixels, one for each size a picture is trained at, largest first."""
+    multiple: int
+    """Both sides of a bucket are multiples of this many pixels."""
+    decoding: Decoding = field(default_factory=Decoding)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What decides the captions."""
+
+    trigger_word: str
+    mode: Mode
+    captioned: Mapping[str, str] = field(default_factory=dict)
+    """What a captioner said before, by the picture's digest."""
+    count_tokens: CaptionCounter | None = None
+    captioner_follows: bool = False
+    """Pictures without a caption are to be described later, so that theirs is no cause for a warning."""
+
+
+def ingest(
+    data: DataConfig,
+    rules: Rules,
+    wording: Wording,
+    index: ScanIndex | None = None,
+    now: Callable[[], int] = time.time_ns,
+) -> DatasetReport:
+    """Read every source of `data` and say what became of each file. Nothing is written but to `index`.
+
+    A picture is known by its content, not its ending, and is decoded once to be sure that it is whole. `now` gives the
+    time in nanoseconds. Raises DataError when a source can't be read or nothing usable is left, and for a bad picture
+    when `data.on_bad` is "stop".
+    """
+    index = index or ScanIndex(None)
+    parts = [
+        _ingest_source(open_source(config), config, data, rules, wording, index, now) for config in data.all_sources
+    ]
+    samples = [sample for part in parts for sample in part.samples]
+    skipped = [one for part in parts for one in part.skipped]
+    if not samples:
+        raise _nothing_usable([part.source.label for part in parts], skipped)
+    samples = _with_tokens(samples, wording.count_tokens)
+    samples, groups = _with_look_alikes(samples)
+    samples = [
+        replace(sample, thumbnail=None) if position >= THUMBNAILS_AT_MOST else sample
+        for position, sample in enumerate(samples)
+    ]
+    return DatasetReport(
+        sources=tuple(part.source.label for part in parts),
+        samples=tuple(samples),
+        side_files=tuple(one for part in parts for one in part.side_files),
+        skipped=tuple(skipped),
+        warnings=(
+            *_caption_warnings(samples, wording, sum(part.naming for part in parts)),
+            *(warning for part in parts for warning in part.warnings),
+            *advice(samples, groups),
+        ),
+        groups=tuple(groups),
+        decoding=rules.decoding,
+    )
+
+
+# --- one source ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What became of the files of one source."""
+
+    source: Source
+    samples: list[Sample]
+    side_files: list[SideFile]
+    skipped: list[Skipped]
+    warnings: list[str]
+    naming: int
+    """How many of the given captions name the trigger word themselves."""
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """What lies in a folder, each list sorted by POSIX path."""
+    """The files of a source, sorted into what they are by their names alone."""
 
-    pictures: tuple[Path, ...]
-    """Every file that is not a `.txt`; whether it is a picture shows when it is opened."""
-    captions: dict[Path, Path]
-    """The `.txt` files, keyed by their path without the ending."""
-    unread: tuple[Skipped, ...]
-    """Folders that were not entered, and why."""
+    pictures: list[FoundFile]
+    masks: dict[str, str]
+    """Picture's stem to mask's name."""
+    captions: dict[str, dict[str, str]]
+    """Ending to picture's stem to caption file's name."""
+    metadata: list[str]
+    skipped: list[FoundFile]
 
 
-def ingest(source: Path | str, trigger_word: str, mode: Mode, max_pixels: int, multiple: int) -> DatasetReport:
-    """Read the folder `source` and place each usable picture in a bucket of at most `max_pixels` pixels.
-
-    A picture is known by its content, not its ending, and is decoded once to be sure that it is whole. Its caption is
-    the UTF-8 `.txt` of the same stem, or the bare caption of `mode`. Nothing is written. Raises DataError when
-    `source` is not a folder or holds no usable picture.
-    """
-    root = _checked_folder(str(source))
-    listing = _list_files(root)
-    placed: list[PlacedSample] = []
-    skipped: list[Skipped] = list(listing.unread)
-    seen: dict[str, Path] = {}
-    for path in listing.pictures:
-        try:
-            one = _examine(path, listing.captions.get(path.with_suffix("")), bucket_limits=(max_pixels, multiple))
-        except DataError as error:
-            skipped.append(Skipped(path, error.message.removeprefix(f"`{path}`: ")))
+def _ingest_source(
+    source: Source, config: SourceConfig, data: DataConfig, rules: Rules, wording: Wording, index: ScanIndex,
+    now: Callable[[], int],
+) -> _Part:  # fmt: skip
+    side_files: list[SideFile] = []
+    skipped: list[Skipped] = []
+    samples: list[Sample] = []
+    warnings: list[str] = []
+    naming = 0
+    if source.rows:
+        files, listing = source.files(), _Listing([], {}, {}, [], [])
+    else:
+        listing = _sort_out(source.files(), masks=data.masks)
+        files = iter(listing.pictures)
+    skipped += [_skipped_by_listing(source, found) for found in listing.skipped]
+    captions = _Captions(source, listing, config.caption_column)
+    total = None if source.rows else len(listing.pictures)
+    for found, result in _scan_all(source, files, listing.masks, rules, index, now, total):
+        file = SourceFile(source, found.name)
+        if found.skip is not None:
+            skipped.append(_skipped_by_listing(source, found))
             continue
-        first = seen.setdefault(one.sample.digest, path)
-        if first != path:
-            skipped.append(Skipped(path, f"same picture as `{_relative(first, root)}`"))
+        if isinstance(result, str):
+            if data.on_bad == "stop" and PurePosixPath(found.name).suffix.lower() in PICTURE_ENDINGS | {""}:
+                raise _stopped(file, result)
+            skipped.append(Skipped(file, result))
+            continue
+        try:
+            words, caption_source = captions.of(found)
+        except DataError as error:
+            if data.on_bad == "stop":
+                raise _stopped(file, error.message) from None
+            skipped.append(Skipped(file, error.message))
+            continue
+        if caption_source == "trigger" and wording.captioned.get(result.digest):
+            words, caption_source = wording.captioned[result.digest], "captioner"
+        if caption_source not in ("trigger", "captioner"):
+            naming += names_trigger(words, wording.trigger_word)
+        mask = listing.masks.get(_stem(found.name))
+        samples.append(
+            Sample(
+                file=file,
+                caption=_final_caption(words, caption_source, wording),
+                caption_source=caption_source,
+                width_px=result.width_px,
+                height_px=result.height_px,
+                digest=result.digest,
+                buckets=result.buckets,
+                signals=result.signals,
+                mask=SourceFile(source, mask) if mask else None,
+                masked=result.masked,
+                repeats=config.repeats,
+                weight=config.weight,
+                warnings=_sample_warnings(found.name, result, words, caption_source, rules),
+                thumbnail=result.thumbnail if len(samples) < THUMBNAILS_AT_MOST else None,
+            )
+        )
+    used_stems: dict[str, list[str]] = {}
+    for sample in samples:
+        used_stems.setdefault(_stem(sample.file.name), []).append(sample.file.name)
+    for name, role, stem in [*captions.files(), *((name, "mask", stem) for stem, name in listing.masks.items())]:
+        file = SourceFile(source, name)
+        if stem in used_stems and captions.wins(name):
+            side_files.append(SideFile(file, role, f"{role} of {', '.join(used_stems[stem])}"))  # type: ignore[arg-type]
         else:
-            placed.append(one)
-    orphans = _orphans(listing)
-    skipped += [Skipped(path, "caption without a picture of the same name") for path in orphans]
-    if not placed:
-        raise _nothing_usable(root, skipped)
-    warnings = _warnings(placed, orphans, root, trigger_word, mode)
-    skipped.sort(key=lambda one: one.path.as_posix())
-    return DatasetReport(
-        source=str(source),
-        placed=tuple(_with_final_caption(one, trigger_word, mode) for one in placed),
-        skipped=tuple(skipped),
-        warnings=tuple(warnings),
+            skipped.append(Skipped(file, _why_unused(role, stem, stem in used_stems, listing)))
+    for name in listing.metadata:
+        used, missing = captions.metadata_use(name, {sample.file.name for sample in samples})
+        side_files.append(SideFile(SourceFile(source, name), "metadata", f"captions of {used} pictures"))
+        if missing:
+            warnings.append(f"{name} has captions for files that are not there or not used: {_some(missing)}")
+    orphans = [one.file.name for one in skipped if one.reason == ORPHAN]
+    if orphans:
+        warnings.append(f"captions without a picture of the same name: {_some(orphans)}")
+    skipped.sort(key=lambda one: one.file.name)
+    side_files.sort(key=lambda one: one.file.name)
+    return _Part(source, samples, side_files, skipped, warnings, naming)
+
+
+ORPHAN = "caption without a picture of the same name"
+
+
+def _sort_out(files: Iterator[FoundFile], *, masks: bool) -> _Listing:
+    listing = _Listing([], {}, {ending: {} for ending, _ in CAPTION_ENDINGS}, [], [])
+    candidates: list[FoundFile] = []
+    for found in files:
+        path = PurePosixPath(found.name)
+        ending = path.suffix.lower()
+        if found.skip is not None:
+            listing.skipped.append(found)
+        elif path.name.lower() in METADATA_NAMES:
+            listing.metadata.append(found.name)
+        elif ending in listing.captions:
+            listing.captions[ending][_stem(found.name)] = found.name
+        else:
+            candidates.append(found)
+    stems = {_stem(found.name) for found in candidates}
+    for found in candidates:
+        stem = _stem(found.name)
+        of = stem.removesuffix(MASK_SUFFIX)
+        if masks and of != stem and of in stems and of not in listing.masks:
+            listing.masks[of] = found.name
+        else:
+            listing.pictures.append(found)
+    return listing
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _skipped_by_listing(source: Source, found: FoundFile) -> Skipped:
+    # A folder that was not entered ends in a slash: with a name after it, the rule for folders speaks.
+    ignored = hidden_reason(found.name + "x" * found.name.endswith("/")) is not None
+    return Skipped(SourceFile(source, found.name), found.skip or "", ignored)
+
+
+def _stopped(file: SourceFile, reason: str) -> DataError:
+    return DataError(
+        f"{file}: {reason}", hint="mend or remove the file, or set `data.on_bad: skip` to train without it"
     )
 
 
-def _checked_folder(source: str) -> Path:
-    if source.startswith("hf:"):
-        raise DataError(
-            f"`{source}`: datasets from the Hub cannot be read yet",
-            hint="download it as a folder of pictures, with a .txt caption beside each, and give that folder",
-        )
-    root = Path(source)
-    if root.is_dir():
-        return root
-    if not root.exists():
-        raise DataError(f"`{source}`: no such folder", hint="give a folder of pictures")
-    if root.suffix.lower() == ".zip":
-        raise DataError(f"`{source}`: ZIP files cannot be read yet", hint="unpack it first and give the folder")
-    raise DataError(f"`{source}` is a file, not a folder", hint="give the folder that holds the pictures")
+# --- one picture ---------------------------------------------------------------------------------------------------
 
 
-def _list_files(root: Path) -> _Listing:
-    pictures: list[Path] = []
-    captions: dict[Path, Path] = {}
-    unread: list[Skipped] = []
+@dataclass(frozen=True)
+class _Scan:
+    """What the pixels of one file told."""
 
-    def cannot_enter(error: OSError) -> None:
-        unread.append(Skipped(Path(error.filename), f"folder cannot be read: {error.strerror}"))
-
-    for folder, subfolders, names in os.walk(root, onerror=cannot_enter):
-        here = Path(folder)
-        subfolders[:] = [name for name in subfolders if not _ignored(name)]
-        # os.walk does not enter these, since a link can lead round in a circle.
-        links = [here / name for name in subfolders if (here / name).is_symlink()]
-        unread += [Skipped(link, "link to a folder, not followed") for link in links]
-        for path in (here / name for name in names if not _ignored(name)):
-            if path.suffix.lower() == ".txt":
-                captions[path.with_suffix("")] = path
-            else:
-                pictures.append(path)
-    pictures.sort(key=lambda path: path.relative_to(root).as_posix())
-    return _Listing(tuple(pictures), captions, tuple(unread))
+    width_px: int
+    height_px: int
+    digest: str
+    buckets: tuple[Bucket, ...]
+    signals: Signals
+    masked: bool
+    format: str
+    notes: tuple[str, ...]
+    thumbnail: bytes | None
 
 
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in IGNORED_FOLDERS
+@dataclass(frozen=True)
+class _Job:
+    """One picture on its way through the workers: known already, or with the bytes to be scanned."""
+
+    found: FoundFile
+    key: str | None = None
+    known: Entry | None = None
+    data: bytes = b""
+    mask: bytes | None = None
+    settled: bool = True
+    """Whether the files have been at rest long enough for their times to tell a change; asked before they are read."""
+    failed: str | None = None
 
 
-def _examine(path: Path, caption_path: Path | None, bucket_limits: tuple[int, int]) -> PlacedSample:
-    """The picture with its caption as it was given (empty when there is none). Raises DataError with the reason."""
-    if path.exists() and not path.is_file():
-        # Opening a pipe would wait for ever.
-        raise DataError("not a regular file")
-    width, height = probe(path, decode=True)
-    bucket = bucket_for(width, height, *bucket_limits)
-    caption = _read_caption(caption_path) if caption_path else ""
-    source = "txt" if caption_path else "trigger"
-    return PlacedSample(Sample(path, caption, width, height, _sha256(path), source), bucket)
+def _scan_all(
+    source: Source, files: Iterator[FoundFile], masks: Mapping[str, str], rules: Rules, index: ScanIndex,
+    now: Callable[[], int], total: int | None,
+) -> Iterator[tuple[FoundFile, _Scan | str]]:  # fmt: skip
+    """Each file with what its pixels told, or with the reason why it can't be used; in the order of `files`."""
+    stamps = {} if source.rows else _mask_stamps(source, masks)
+    rule = json.dumps([SCAN_VERSION, asdict(rules), THUMBNAIL_PX])
+
+    def jobs() -> Iterator[_Job]:
+        for found in files:
+            if found.skip is not None:
+                yield _Job(found, failed=found.skip)
+                continue
+            mask = masks.get(_stem(found.name))
+            key = None
+            if found.stamp is not None:
+                key = scan_key(source.identity, found.name, found.stamp, stamps.get(mask or "", ""), rule)
+            known = index.get(key) if key else None
+            if known is not None:
+                yield _Job(found, key, known)
+                continue
+            stamped = [stamp for stamp in (found.stamp, stamps.get(mask or "")) if stamp]
+            settled = all(is_settled(stamp, now()) for stamp in stamped)
+            try:
+                data = found.data if found.data is not None else source.read(found.name)
+                mask_data = source.read(mask) if mask else None
+                if key is None:
+                    key = scan_key(_sha256(data), _sha256(mask_data or b""), rule)
+                    known = index.get(key)
+            except DataError as error:
+                yield _Job(found, failed=error.message)
+                continue
+            yield _Job(replace(found, data=None), key, known, b"" if known else data, mask_data, settled)
+
+    def work(job: _Job) -> tuple[_Job, _Scan | str]:
+        if job.failed is not None:
+            return job, job.failed
+        if job.known is not None:
+            return job, _from_entry(job.known)
+        try:
+            return job, _scan(job.data, job.mask, rules)
+        except DataError as error:
+            return job, error.message
+
+    workers = usable_cpus()
+    with log.progress("scan pictures", total) if total and total >= BAR_FROM else nullcontext() as bar:
+        for job, result in ordered_map(work, jobs(), workers, 2 * workers):
+            if job.key is not None and job.known is None and job.settled:
+                index.put(job.key, _as_entry(result))
+            if bar:
+                bar.advance()
+            yield job.found, result
 
 
-def _read_caption(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"its caption `{path.name}` is not UTF-8 text; save it as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"its caption `{path.name}` cannot be read: {error.strerror}") from None
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}") from None
+def _mask_stamps(source: Source, masks: Mapping[str, str]) -> dict[str, str]:
+    wanted = set(masks.values())
+    if not wanted:
+        return {}
+    return {found.name: found.stamp or "" for found in source.files() if found.name in wanted}
 
 
-def _with_final_caption(one: PlacedSample, trigger_word: str, mode: Mode) -> PlacedSample:
-    given = one.sample.caption_source == "txt"
-    caption = place_trigger(one.sample.caption, trigger_word) if given else bare_caption(trigger_word, mode)
-    return replace(one, sample=replace(one.sample, caption=caption))
+def _scan(data: bytes, mask: bytes | None, rules: Rules) -> _Scan:
+    """Decode one picture, and its mask, as training will. Raises DataError with the reason."""
+    header = read_header(data)
+    sizes = [bucket_for(header.width_px, header.height_px, area, rules.multiple) for area in rules.areas]
+    buckets = tuple(dict.fromkeys(sizes))
+    pixels = load_picture(data, buckets[0], rules.decoding, THUMBNAIL_PX)
+    if mask is not None:
+        try:
+            weights = load_mask(mask, (header.width_px, header.height_px), buckets[0])
+        except DataError as error:
+            raise DataError(f"its mask can't be used: {error.message}") from None
+        pixels = replace(pixels, mask_HW=weights)
+    if pixels.mask_HW is not None and not pixels.mask_HW.any():
+        raise DataError("its mask is black everywhere, so nothing of it would be learned")
+    return _Scan(
+        header.width_px, header.height_px, pixels.digest, buckets, measure_signals(pixels.rgb_HW3),
+        pixels.mask_HW is not None, header.format, header.notes, pixels.thumbnail,
+    )  # fmt: skip
 
 
-def _orphans(listing: _Listing) -> list[Path]:
-    stems = {path.with_suffix("") for path in listing.pictures}
-    return [path for stem, path in sorted(listing.captions.items()) if stem not in stems]
+def _as_entry(result: _Scan | str) -> Entry:
+    if isinstance(result, str):
+        return Entry({"reason": result}, None)
+    facts = {name: value for name, value in asdict(result).items() if name != "thumbnail"}
+    return Entry(facts, result.thumbnail)
 
 
-def _warnings(
-    placed: Sequence[PlacedSample], orphans: Sequence[Path], root: Path, trigger_word: str, mode: Mode
-) -> list[str]:
-    """What the user should know; `placed` still carries the captions as they were given."""
+def _from_entry(entry: Entry) -> _Scan | str:
+    facts = entry.facts
+    if "reason" in facts:
+        return str(facts["reason"])
+    return _Scan(
+        facts["width_px"], facts["height_px"], facts["digest"], tuple(Bucket(**one) for one in facts["buckets"]),
+        Signals(**facts["signals"]), facts["masked"], facts["format"], tuple(facts["notes"]), entry.thumbnail,
+    )  # fmt: skip
+
+
+def _sample_warnings(
+    name: str, scan: _Scan, words: str, caption_source: CaptionSource, rules: Rules
+) -> tuple[str, ...]:
+    found = list(scan.notes)
+    ending = PurePosixPath(name).suffix.lower()
+    usual = {"JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",)}.get(scan.format)
+    if ending in PICTURE_ENDINGS and usual and ending not in usual:
+        found.append(f"is a {scan.format}, though its name ends in {ending}")
+    loss = crop_loss(scan.width_px, scan.height_px, scan.buckets[0])
+    if loss > NOTABLE_CROP_LOSS:
+        found.append(f"{loss:.0%} of it is cut off to fit {scan.buckets[0].width_px} × {scan.buckets[0].height_px} px")
+    if caption_source in ("txt", "caption") and not words.strip():
+        found.append("its caption file is empty")
+    found += picture_warnings(scan.signals, scan.width_px, scan.height_px, rules.areas[0])
+    return tuple(found)
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
+
+
+class _Captions:
+    """Finds the caption that was given for a picture: a file beside it, a row of metadata, a dataset's column."""
+
+    def __init__(self, source: Source, listing: _Listing, column: str | None) -> None:
+        self._source, self._listing = source, listing
+        self._metadata: dict[str, dict[str, str]] = {}
+        for name in listing.metadata:
+            data = SourceFile(source, name).read()
+            try:
+                rows = read_metadata(name, data, column)
+            except DataError as error:
+                raise DataError(f"{source.label}: {error.message}", hint=error.hint) from None
+            folder = PurePosixPath(name).parent
+            self._metadata[name] = {str(folder / row): words for row, words in rows.items()}
+
+    def of(self, found: FoundFile) -> tuple[str, CaptionSource]:
+        """The words as they were given, and where from; ("", "trigger") when there are none. Raises DataError."""
+        stem = _stem(found.name)
+        for ending, kind in CAPTION_ENDINGS:
+            if name := self._listing.captions.get(ending, {}).get(stem):
+                return self._read(name), kind
+        for rows in self._metadata.values():
+            if found.name in rows:
+                return rows[found.name], "metadata"
+        return (found.caption, "metadata") if found.caption else ("", "trigger")
+
+    def _read(self, name: str) -> str:
+        try:
+            data = self._source.read(name)
+        except DataError as error:
+            raise DataError(f"its caption `{name}` can't be read: {error.message}") from None
+        if len(data) > LARGEST_CAPTION_BYTES:
+            raise DataError(f"its caption `{name}` has {len(data):,} bytes; at most {LARGEST_CAPTION_BYTES:,} are read")
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise DataError(f"its caption `{name}` is not UTF-8 text; save it as UTF-8") from None
+
+    def files(self) -> list[tuple[str, str, str]]:
+        """(name, role, stem of its picture) of every caption file."""
+        return [(name, "caption", stem) for kind in self._listing.captions.values() for stem, name in kind.items()]
+
+    def wins(self, name: str) -> bool:
+        """False for a `.caption` that lies beside a `.txt` of the same stem."""
+        first, *rest = (self._listing.captions.get(ending, {}) for ending, _ in CAPTION_ENDINGS)
+        return not any(name in kind.values() for kind in rest) or _stem(name) not in first
+
+    def metadata_use(self, name: str, pictures: set[str]) -> tuple[int, list[str]]:
+        """How many pictures the rows of one metadata file fit, and the rows that fit none."""
+        rows = self._metadata[name]
+        return len(rows.keys() & pictures), sorted(rows.keys() - pictures)
+
+
+def _final_caption(words: str, caption_source: CaptionSource, wording: Wording) -> str:
+    if caption_source == "trigger":
+        return bare_caption(wording.trigger_word, wording.mode)
+    return place_trigger(words, wording.trigger_word)
+
+
+def _why_unused(role: str, stem: str, picture_used: bool, listing: _Listing) -> str:
+    if picture_used:
+        return "a .txt of the same name wins"
+    if any(_stem(found.name) == stem for found in listing.pictures):
+        return f"{role} of a picture that is skipped"
+    return ORPHAN
+
+
+def _with_tokens(samples: list[Sample], count: CaptionCounter | None) -> list[Sample]:
+    if count is None:
+        return samples
+    distinct = list(dict.fromkeys(sample.caption for sample in samples))
+    counts = dict(zip(distinct, count(distinct), strict=True))
+    return [
+        replace(sample, tokens=counts[sample.caption], warnings=(*sample.warnings, *_too_long(counts[sample.caption])))
+        for sample in samples
+    ]
+
+
+def _too_long(counts: Sequence[TokenCount]) -> list[str]:
+    over = [one for one in counts if one.tokens > one.limit]
+    whole = [one.encoder.upper() for one in counts if one.tokens <= one.limit]
+    but = f"; {' and '.join(whole)} read{'s' if len(whole) == 1 else ''} all of it" if whole else ""
+    return [
+        f"its caption has {one.tokens} {one.encoder.upper()} tokens, of which the first {one.limit} are read{but}"
+        for one in over
+    ]
+
+
+def _with_look_alikes(samples: list[Sample]) -> tuple[list[Sample], list[tuple[int, ...]]]:
+    """Exact duplicates are warned of one by one; everything that shows the same scene is grouped."""
+    groups = same_scene([sample.signals.phash for sample in samples])
+    first: dict[str, int] = {}
+    marked = []
+    for position, sample in enumerate(samples):
+        original = first.setdefault(sample.digest, position)
+        if original != position:
+            same = f"the same picture as {samples[original].file.name}"
+            sample = replace(sample, warnings=(*sample.warnings, same))
+        marked.append(sample)
+    return marked, groups
+
+
+def _caption_warnings(samples: Sequence[Sample], wording: Wording, naming: int) -> list[str]:
     found = []
-    given = [one.sample.caption for one in placed if one.sample.caption_source == "txt"]
-    if len(given) < len(placed):
-        bare = bare_caption(trigger_word, mode)
-        found.append(f'{len(placed) - len(given)} of {len(placed)} pictures have no caption; theirs is "{bare}"')
-    marked = any("[trigger]" in text.lower() or has_trigger(text, trigger_word) for text in given)
-    if given and trigger_word and not marked:
-        found.append(f"no given caption names the trigger word `{trigger_word}`; it is put in front of each")
-    if orphans:
-        found.append(f"captions without a picture of the same name: {_some(orphans, root)}")
+    given = [sample for sample in samples if sample.caption_source not in ("trigger", "captioner")]
+    bare = sum(sample.caption_source == "trigger" for sample in samples)
+    if bare and not wording.captioner_follows:
+        words = bare_caption(wording.trigger_word, wording.mode)
+        found.append(f'{bare} of {len(samples)} pictures have no caption; theirs is "{words}"')
+    if given and wording.trigger_word and not naming:
+        found.append(f"no given caption names the trigger word `{wording.trigger_word}`; it is put in front of each")
+    long = Counter(count.encoder for one in samples for count in one.tokens if count.tokens > count.limit)
+    for encoder, number in long.items():
+        found.append(f"{number} captions are longer than {encoder.upper()} reads; see the report")
     return found
 
 
-def _nothing_usable(root: Path, skipped: Sequence[Skipped]) -> DataError:
-    hint = "give a folder that holds JPEG, PNG or WebP pictures"
-    if not skipped:
-        return DataError(f"`{root}` holds no pictures", hint=hint)
-    reasons = [f"\n  {_relative(one.path, root)}: {one.reason}" for one in skipped[:NAMED_AT_MOST]]
-    more = f"\n  and {len(skipped) - NAMED_AT_MOST} more" if len(skipped) > NAMED_AT_MOST else ""
-    return DataError(f"`{root}` holds no usable picture:{''.join(reasons)}{more}", hint=hint)
+# --- words ---------------------------------------------------------------------------------------------------------
 
 
-def _some(paths: Sequence[Path], root: Path) -> str:
-    named = ", ".join(_relative(path, root) for path in paths[:NAMED_AT_MOST])
-    return f"{named} and {len(paths) - NAMED_AT_MOST} more" if len(paths) > NAMED_AT_MOST else named
+def _nothing_usable(labels: Sequence[str], skipped: Sequence[Skipped]) -> DataError:
+    hint = "give a folder or a .zip that holds JPEG, PNG or WebP pictures"
+    where = ", ".join(f"`{label}`" for label in labels)
+    holds = "holds" if len(labels) == 1 else "hold"
+    told = [one for one in skipped if not one.ignored]
+    if not told:
+        return DataError(f"{where} {holds} no pictures", hint=hint)
+    reasons = [f"\n  {one.file.name}: {one.reason}" for one in told[:NAMED_AT_MOST]]
+    more = f"\n  and {len(told) - NAMED_AT_MOST} more" if len(told) > NAMED_AT_MOST else ""
+    return DataError(f"{where} {holds} no usable picture:{''.join(reasons)}{more}", hint=hint)
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+def _some(names: Sequence[str]) -> str:
+    named = ", ".join(names[:NAMED_AT_MOST])
+    return f"{named} and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else named

@@ -29,6 +29,9 @@ class Variant:
     latent_channels: int
     max_pixels: int
     """Largest picture area that is trained on."""
+    training_sides_px: tuple[int, ...]
+    """Sizes that pictures are trained at, largest first, as sides of a square of the same area; which of them is the
+    run's `priority`."""
     sample_size_px: int
     """Default side of a generated picture."""
     max_text_tokens: int
@@ -37,6 +40,9 @@ class Variant:
     guidance_embedded: bool = True
     shifted: bool = True
     """Whether inference shifts sigmas with the resolution; schnell was made without."""
+    free_captions: bool = True
+    """Whether it understands any sentence; flux-tiny knows the words of its own world alone, so a captioner is of no
+    use to it."""
     distilled: bool = False
     """Step-distilled bases lose their speed-up when trained, so they are refused unless the user says so."""
     license: str = ""
@@ -69,8 +75,8 @@ class Family(Protocol):
 
     def encode_text(self, stack: Any, captions: list[str]) -> TextCond: ...
 
-    def encode_image(self, vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] to normalised latents_BCHW."""
+    def encode_image(self, vae: nn.Module, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] to the mean and the standard deviation of their normalised latents, both (B, C, H, W)."""
         ...
 
     def decode_latents(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:

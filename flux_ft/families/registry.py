@@ -23,6 +23,7 @@ FLUX1_DEV = Variant(
     pixel_multiple=16,
     latent_channels=16,
     max_pixels=1_048_576,
+    training_sides_px=(1024, 768, 512),
     sample_size_px=1024,
     max_text_tokens=512,
     default_steps=28,
@@ -59,6 +60,8 @@ FLUX_TINY = replace(
     pixel_multiple=8,
     latent_channels=8,
     max_pixels=4096,
+    training_sides_px=(64,),
+    free_captions=False,
     sample_size_px=64,
     max_text_tokens=32,
     default_steps=20,
@@ -103,9 +106,15 @@ def open_family(model: str, parts: str | None = None) -> Family:
     variant, source = find_variant(model, parts)
     from flux_ft.families.flux1 import Flux1  # torch and diffusers, only now
 
+    return Flux1(variant, source, parts_source(model, parts))
+
+
+def parts_source(model: str, parts: str | None = None) -> str:
+    """Where the tokenizers, text encoders and autoencoder of `model` come from: a folder or a Hub id."""
+    variant, source = find_variant(model, parts)
     if source.endswith(".safetensors"):
-        return Flux1(variant, source, find_variant(parts)[1] if parts else variant.source)
-    return Flux1(variant, source, source)
+        return find_variant(parts)[1] if parts else variant.source
+    return source
 
 
 def _variant_of_folder(folder: Path) -> Variant:
