@@ -67,6 +67,18 @@ def velocity_target(x0_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     return noise_BCHW - x0_BCHW
 
 
-def velocity_loss(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared velocity error, one float32 value per example (B,)."""
-    return (predicted_BCHW.float() - target_BCHW.float()).square().flatten(1).mean(1)
+def velocity_loss(predicted_BCHW: Tensor, target_BCHW: Tensor, weight_BHW: Tensor | None = None) -> Tensor:
+    """Mean squared velocity error, one float32 value per example (B,); `weight_BHW` weights the places of the grid."""
+    error_BCHW = (predicted_BCHW.float() - target_BCHW.float()).square()
+    if weight_BHW is not None:
+        error_BCHW = error_BCHW * weight_BHW[:, None]
+    return error_BCHW.flatten(1).mean(1)
+
+
+def mask_weights(mask_HW: Tensor, unmasked_weight: float) -> Tensor:
+    """Weights of the loss from a mask of 0 to 1, float32 (H, W): 1 where it is white, `unmasked_weight` where black.
+
+    Then scaled to a mean of 1, so that a small mask does not make a small loss. The mask is not black everywhere.
+    """
+    weight_HW = unmasked_weight + (1 - unmasked_weight) * mask_HW.double()
+    return (weight_HW / weight_HW.mean()).float()

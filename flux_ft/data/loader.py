@@ -6,12 +6,14 @@ remembered between steps, so a resumed run and any number of workers see the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 
 import torch
+from torch import Tensor
 
-from flux_ft.flow import keyed_generator
+from flux_ft.flow import draw_noise, keyed_generator
 from flux_ft.types import Batch, Bucket, CachedExample, TextCond
 
 
@@ -59,8 +61,10 @@ class BatchPlan:
         assert buckets, "no examples"
         assert global_batch > 0, "a batch holds at least one example"
         self.global_batch, self.steps, self.seed = global_batch, steps, seed
-        self._buckets = sorted(set(buckets))
-        self._members = [[index for index, bucket in enumerate(buckets) if bucket == which] for which in self._buckets]
+        members: dict[Bucket, list[int]] = {bucket: [] for bucket in sorted(set(buckets))}
+        for index, bucket in enumerate(buckets):
+            members[bucket].append(index)
+        self._buckets, self._members = list(members), list(members.values())
         drawn = [0] * len(self._buckets)
         self._draws: list[tuple[int, int]] = []
         """Per step: the bucket, and how often it was drawn before."""
@@ -76,20 +80,82 @@ class BatchPlan:
         return endless_order(self._members[which], self.seed, self._buckets[which], start, self.global_batch)
 
 
-def collate(examples: Sequence[CachedExample], indices: Sequence[int], slots: Sequence[int]) -> Batch:
+TextChoice = Callable[[CachedExample, int], TextCond]
+"""Which text of an example is taken in a slot."""
+
+
+def as_written(example: CachedExample, slot: int) -> TextCond:
+    """The caption itself."""
+    return example.texts[0]
+
+
+def draw_text(
+    example: CachedExample, slot: int, *, seed: int, step: int, dropout: float, blank: TextCond | None
+) -> TextCond:
+    """One of the orders of the example's tags, each as likely as any, or `blank` in a share `dropout` of all cases.
+
+    Keyed by (seed, step, slot); without a `blank`, the encoding of the empty caption, nothing is dropped.
+    """
+    if (
+        blank is not None
+        and float(torch.rand((), generator=keyed_generator(seed, "caption dropout", step, slot))) < dropout
+    ):
+        return blank
+    if len(example.texts) == 1:
+        return example.texts[0]
+    return example.texts[
+        int(torch.randint(len(example.texts), (), generator=keyed_generator(seed, "tags", step, slot)))
+    ]
+
+
+def collate(
+    examples: Sequence[CachedExample], indices: Sequence[int], slots: Sequence[int], choose: TextChoice = as_written
+) -> Batch:
     """The examples at `indices` as one batch; `slots` are their positions in the global batch."""
     assert len(indices) == len(slots) > 0, "one slot for each example"
     chosen = [examples[index] for index in indices]
+    texts = [choose(example, slot) for example, slot in zip(chosen, slots, strict=True)]
+    stds = [example.std_CHW for example in chosen if example.std_CHW is not None]
     assert len({example.bucket for example in chosen}) == 1, "a batch holds one bucket"
-    assert len({example.text.embeds_BLD.shape for example in chosen}) == 1, "captions of one length"
+    assert len({text.embeds_BLD.shape for text in texts}) == 1, "captions of one length"
+    assert len(stds) in (0, len(chosen)), "spreads for all or none"
     return Batch(
-        latents_BCHW=torch.stack([example.latent_CHW for example in chosen]),
+        mean_BCHW=torch.stack([example.mean_CHW for example in chosen]),
+        std_BCHW=torch.stack(stds) if stds else None,
         text=TextCond(
-            embeds_BLD=torch.cat([example.text.embeds_BLD for example in chosen]),
-            pooled_BP=torch.cat([example.text.pooled_BP for example in chosen]),
+            embeds_BLD=torch.cat([text.embeds_BLD for text in texts]),
+            pooled_BP=torch.cat([text.pooled_BP for text in texts]),
         ),
         slots=tuple(slots),
         names=tuple(example.name for example in chosen),
+        weight_BHW=_stacked_weights(chosen),
+        loss_weight_B=_loss_weights(chosen),
+    )
+
+
+def _stacked_weights(chosen: Sequence[CachedExample]) -> Tensor | None:
+    if all(example.weight_HW is None for example in chosen):
+        return None
+    even_HW = torch.ones(chosen[0].mean_CHW.shape[-2:])
+    return torch.stack([even_HW if example.weight_HW is None else example.weight_HW for example in chosen])
+
+
+def _loss_weights(chosen: Sequence[CachedExample]) -> Tensor | None:
+    weights = [example.loss_weight for example in chosen]
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights)
+
+
+def resampled(batch: Batch, seed: int, step: int) -> Batch:
+    """The batch with each latent drawn from its distribution, in place of the mean: mean + std · noise, float32.
+
+    Noise keyed by (seed, "latent", step, slot). A batch without spreads stays as it is.
+    """
+    if batch.std_BCHW is None:
+        return batch
+    shape = tuple(batch.std_BCHW.shape[1:])
+    draws = [draw_noise(shape, keyed_generator(seed, "latent", step, slot)) for slot in batch.slots]
+    return replace(
+        batch, mean_BCHW=batch.mean_BCHW.float() + batch.std_BCHW.float() * torch.stack(draws), std_BCHW=None
     )
 
 

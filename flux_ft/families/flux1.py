@@ -115,11 +115,13 @@ class Flux1:
         )
 
     @torch.no_grad()
-    def encode_image(self, vae: Any, pixels_B3HW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] to normalised latents_BCHW, float32 (the posterior's mean)."""
+    def encode_image(self, vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] to mean and standard deviation of the normalised latents (B, C, H, W), float32."""
         weight = next(vae.parameters())
-        latents = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist.mode().float()
-        return cast(Tensor, (latents - vae.config.shift_factor) * vae.config.scaling_factor)
+        posterior = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist
+        mean_BCHW, std_BCHW = posterior.mean.float(), (posterior.logvar.float() / 2).exp()
+        scale = vae.config.scaling_factor
+        return (mean_BCHW - vae.config.shift_factor) * scale, std_BCHW * scale
 
     @torch.no_grad()
     def decode_latents(self, vae: Any, latents_BCHW: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ def model_card(
     if config.trigger_word:
         front.append(f"instance_prompt: {quoted(config.trigger_word)}")
     title = config.finetune_comment or config.slug
-    held_out = f", {len(data.held_out)} more held out" if data.held_out else ""
+    held_out = f", {data.held_out.pictures} more held out" if data.held_out else ""
     lines = [*front, "---", "", f"# {title}", ""]
-    lines.append(f"A LoRA for {base}, trained on {len(data.examples)} pictures{held_out} for {steps} steps.")
+    lines.append(f"A LoRA for {base}, trained on {data.examples.pictures} pictures{held_out} for {steps} steps.")
     if config.trigger_word:
         lines += ["", f"Trigger word: `{config.trigger_word}`"]
     if has_previews:

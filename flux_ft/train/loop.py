@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 from flux_ft import flow
 from flux_ft.adapters import lora
 from flux_ft.config import RunConfig
-from flux_ft.data.loader import BatchPlan, collate
+from flux_ft.data.loader import BatchPlan, collate, draw_text, resampled
 from flux_ft.errors import NonFiniteError
 from flux_ft.families.base import Family
 from flux_ft.train.optim import rate_factor, set_rate
-from flux_ft.train.setup import TrainState
+from flux_ft.train.setup import TrainData, TrainState
 from flux_ft.types import Batch, CachedExample, TextCond
 
 TRAIN_GUIDANCE = 1.0
@@ -60,7 +61,7 @@ def train_steps(
     state: TrainState,
     family: Family,
     config: RunConfig,
-    examples: Sequence[CachedExample],
+    data: TrainData,
     prior: Sequence[CachedExample],
     acts: Acts,
 ) -> bool:
@@ -70,12 +71,13 @@ def train_steps(
     """
     world = state.accelerator.num_processes
     global_batch = config.optim.batch_size * config.optim.accumulate * world
-    plan = BatchPlan([example.bucket for example in examples], global_batch, config.iterations, config.seed)
+    plan = BatchPlan([row.bucket for row in data.examples.rows], global_batch, config.iterations, config.seed)
     if state.step == 0:
         acts.preview(0)
         acts.validate(0)
     while state.step < config.iterations:
-        result = training_step(state, family, config, examples, plan.indices(state.step), prior)
+        indices = plan.indices(state.step)
+        result = training_step(state, family, config, data.examples, indices, prior, data.blank)
         state.step += 1
         done = state.step == config.iterations
         acts.log(result)
@@ -111,8 +113,12 @@ def training_step(
     examples: Sequence[CachedExample],
     indices: Sequence[int],
     prior: Sequence[CachedExample] = (),
+    blank: TextCond | None = None,
 ) -> StepResult:
-    """One optimizer step on the global batch `indices`, of which this process takes its share."""
+    """One optimizer step on the global batch `indices`, of which this process takes its share.
+
+    `blank` is the encoding of the empty caption, for caption dropout.
+    """
     started = time.perf_counter()
     accelerator = state.accelerator
     rate = config.resolved_learning_rate * rate_factor(
@@ -124,8 +130,9 @@ def training_step(
     sigmas: list[Tensor] = []
     names: list[str] = []
     norm = math.nan
+    choose = partial(draw_text, seed=config.seed, step=state.step, dropout=config.data.caption_dropout, blank=blank)
     for slots in own_slots(config, accelerator.num_processes, accelerator.process_index):
-        batch = collate(examples, [indices[slot] for slot in slots], slots)
+        batch = collate(examples, [indices[slot] for slot in slots], slots, choose)
         with accelerator.accumulate(state.denoiser):
             loss_B, sigma_B = batch_loss(state, family, config, batch)
             total = loss_B.mean()
@@ -165,12 +172,16 @@ def own_slots(config: RunConfig, world: int, rank: int) -> Iterator[tuple[int, .
 
 
 def batch_loss(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss and sigma of each example (B,), with noise keyed by (seed, step, slot)."""
+    """Weighted loss and sigma of each example (B,), with noise and latents keyed by (seed, step, slot)."""
+    batch = resampled(batch, config.seed, state.step)
     noise_BCHW, sigma_B = keyed_draws(state, family, config, batch)
     if config.lora.dropout:
         # Dropout takes its draws from the global state: tie that to the step as well.
         torch.manual_seed(flow.keyed_generator(config.seed, "dropout", state.step, batch.slots[0]).initial_seed())
-    return flow_loss(state, family, batch, noise_BCHW, sigma_B), sigma_B
+    loss_B = flow_loss(state, family, batch, noise_BCHW, sigma_B)
+    if batch.loss_weight_B is not None:
+        loss_B = loss_B * batch.loss_weight_B.to(loss_B.device)
+    return loss_B, sigma_B
 
 
 def prior_drift(
@@ -194,7 +205,7 @@ def keyed_draws(
     state: TrainState, family: Family, config: RunConfig, batch: Batch, *purpose: str
 ) -> tuple[Tensor, Tensor]:
     """Noise (B, C, H, W) and sigma (B,) of a batch, on the device, keyed by (seed, purpose, step, slot)."""
-    device, shape = state.accelerator.device, tuple(batch.latents_BCHW.shape[1:])
+    device, shape = state.accelerator.device, tuple(batch.mean_BCHW.shape[1:])
     mu = family.shift_mu(shape[1], shape[2])
     draws = [flow.keyed_generator(config.seed, *purpose, state.step, slot) for slot in batch.slots]
     sigma_B = torch.stack([flow.draw_sigma(generator, mu) for generator in draws])
@@ -203,16 +214,21 @@ def keyed_draws(
 
 
 def flow_loss(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-    """Mean squared velocity error of each example (B,); a pure function of weights, batch, noise and sigma."""
+    """Mean squared velocity error of each example (B,); a pure function of weights, batch, noise and sigma.
+
+    The latents are the batch's means; masks weight the places, `loss_weight_B` is left to the caller.
+    """
     predicted = predict(state, family, batch, noise_BCHW, sigma_B)
-    x0_BCHW = batch.latents_BCHW.to(noise_BCHW.device, torch.float32)
-    return flow.velocity_loss(predicted, flow.velocity_target(x0_BCHW, noise_BCHW))
+    device = noise_BCHW.device
+    target_BCHW = flow.velocity_target(batch.mean_BCHW.to(device, torch.float32), noise_BCHW)
+    weight_BHW = None if batch.weight_BHW is None else batch.weight_BHW.to(device)
+    return flow.velocity_loss(predicted, target_BCHW, weight_BHW)
 
 
 def predict(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """The denoiser's velocity for a batch noised to `sigma_B`, at the guidance of training."""
     dtype, device = next(state.bare.parameters()).dtype, noise_BCHW.device
-    x0_BCHW = batch.latents_BCHW.to(device, torch.float32)
+    x0_BCHW = batch.mean_BCHW.to(device, torch.float32)
     z_BCHW = flow.interpolate(x0_BCHW, noise_BCHW, sigma_B).to(dtype)
     text = TextCond(batch.text.embeds_BLD.to(device, dtype), batch.text.pooled_BP.to(device, dtype))
     return family.predict_velocity(state.denoiser, z_BCHW, sigma_B, text, TRAIN_GUIDANCE)
@@ -236,14 +252,17 @@ def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: i
 def validation_loss(
     state: TrainState, family: Family, config: RunConfig, examples: Sequence[CachedExample]
 ) -> dict[str, float]:
-    """Mean loss on held-out examples at fixed sigmas and fixed noise: "validation_loss" and one value a sigma."""
+    """Mean loss on held-out examples at fixed sigmas and fixed noise: "validation_loss" and one value a sigma.
+
+    On the means of the latents and on captions as written; the noise is keyed by the pictures' digests.
+    """
     was_training = state.denoiser.training
     state.denoiser.eval()
     per_sigma: dict[float, list[float]] = {sigma: [] for sigma in VALIDATION_SIGMAS}
-    for index, example in enumerate(examples):
-        batch = collate(examples, [index], [0])
-        generator = flow.keyed_generator(config.seed, "validation", example.name)
-        noise = flow.draw_noise(tuple(batch.latents_BCHW.shape), generator).to(state.accelerator.device)
+    for example in examples:
+        batch = collate([example], [0], [0])
+        generator = flow.keyed_generator(config.seed, "validation", example.digest)
+        noise = flow.draw_noise(tuple(batch.mean_BCHW.shape), generator).to(state.accelerator.device)
         for sigma in VALIDATION_SIGMAS:
             sigma_B = torch.full((1,), sigma, device=noise.device)
             per_sigma[sigma].append(float(flow_loss(state, family, batch, noise, sigma_B)))

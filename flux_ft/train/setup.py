@@ -6,10 +6,12 @@ is the denoiser loaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +24,8 @@ from torch import nn
 from flux_ft import flow, log
 from flux_ft.adapters import lora
 from flux_ft.config import RunConfig
-from flux_ft.data.cache import cache_latents, cache_texts, load_examples, load_text
+from flux_ft.data.cache import Examples, cache_latents, cache_texts, load_examples, load_text
+from flux_ft.data.captions import tag_orders
 from flux_ft.data.loader import split_holdout
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
@@ -54,18 +57,24 @@ class TrainData:
     """What is trained and measured on."""
 
     report: DatasetReport
-    examples: tuple[CachedExample, ...]
-    held_out: tuple[CachedExample, ...]
+    examples: Examples
+    """Each as often as it is repeated."""
+    held_out: Examples
+    """All sizes of other pictures, once each."""
+    blank: TextCond | None
+    """The empty caption's encoding; None without caption dropout."""
     preview: PreviewPlan | None
     prior: tuple[tuple[str, TextCond], ...]
     """Prompts that must be drawn as before, each with its encoding."""
 
 
 def preview_prompts(config: RunConfig, report: DatasetReport) -> tuple[str, ...]:
-    """What previews draw: the run file's prompts, or up to three of the training captions."""
+    """What previews draw: the run file's prompts, or up to three of the training captions; none if they are off."""
+    if not config.preview.every:
+        return ()
     if config.preview.prompts:
         return tuple(config.preview.prompts)
-    return tuple(dict.fromkeys(one.sample.caption for one in report.placed))[:3]
+    return tuple(dict.fromkeys(sample.caption for sample in report.samples))[:3]
 
 
 def prior_prompts(config: RunConfig) -> tuple[str, ...]:
@@ -80,7 +89,7 @@ def draw_prior(config: RunConfig, family: Family, data: TrainData, state: TrainS
     """
     if not data.prior:
         return ()
-    bucket = Counter(one.bucket for one in data.report.placed).most_common(1)[0][0]
+    bucket = Counter(row.bucket for row in data.examples.rows).most_common(1)[0][0]
     shape = family.latent_shape(bucket.width_px, bucket.height_px)
     variant, examples = family.variant, []
     with log.progress("draw prior", len(data.prior)) as bar:
@@ -89,41 +98,50 @@ def draw_prior(config: RunConfig, family: Family, data: TrainData, state: TrainS
             latents = sample_latents(
                 family, state.bare, noise, text, variant.default_steps, variant.default_guidance
             ).cpu()
-            examples.append(CachedExample(f"prior: {prompt}", bucket, latents[0], text))
+            examples.append(CachedExample(f"prior: {prompt}", bucket, latents[0], None, (text,)))
             bar.advance()
     return tuple(examples)
+
+
+def caption_orders(config: RunConfig, report: DatasetReport) -> dict[str, tuple[str, ...]]:
+    """For each training caption, itself and then the other orders of its tags that are trained."""
+    captions = dict.fromkeys(sample.caption for sample in report.samples)
+    return {
+        caption: tag_orders(caption, config.trigger_word, config.data.tag_orders, config.seed) for caption in captions
+    }
+
+
+def encoders_fingerprint(family: Family, device: torch.device) -> str:
+    """What cached entries depend on besides pictures and captions."""
+    return f"{family.encoders_identity}|{encoder_dtype(device)}"
 
 
 def prepare_data(
     config: RunConfig, report: DatasetReport, family: Family, accelerator: Accelerator, cache: Path
 ) -> TrainData:
-    """Encode what is not in `cache` yet, then read everything from it. No encoder is left in memory on return."""
-    device, dtype = accelerator.device, encoder_dtype(accelerator.device)
-    fingerprint = f"{family.encoders_identity}|{dtype}"
-    prompts = preview_prompts(config, report) if config.preview.every else ()
-
-    def open_text_encoder() -> Any:
-        stack = family.load_text(device, dtype)
-        return lambda texts: family.encode_text(stack, texts)
-
-    def open_image_encoder() -> Any:
-        vae = family.load_vae(device, dtype)
-        return lambda pixels: family.encode_image(vae, pixels)
-
+    """Encode what is not in `cache` yet and lay out what is read from it. No encoder is left in memory on return."""
+    fingerprint = encoders_fingerprint(family, accelerator.device)
+    orders = caption_orders(config, report)
     with accelerator.main_process_first():
-        # Prompts apart from captions: a caption's encoding must not depend on which previews share its batch.
-        for texts in ([one.sample.caption for one in report.placed], prompts, prior_prompts(config)):
-            cache_texts(texts, cache, fingerprint, open_text_encoder)
-        release_memory()
-        cache_latents(report.placed, cache, fingerprint, open_image_encoder)
-        release_memory()
-    examples = load_examples(report.placed, cache, fingerprint, fingerprint)
-    digests = [one.sample.digest for one in report.placed]
-    trained, held_out = split_holdout(digests, config.validation.fraction, config.seed)
+        _fill_cache(config, report, orders, family, accelerator.device, cache)
+    examples = load_examples(
+        report.placed,
+        report.decoding,
+        cache,
+        fingerprint,
+        fingerprint,
+        orders=orders,
+        unmasked_weight=config.data.unmasked_weight,
+        resample=config.data.resample_latents,
+    )
+    rows = examples.rows
+    trained, held_out = split_holdout([row.digest for row in rows], config.validation.fraction, config.seed)
+    prompts = preview_prompts(config, report)
     return TrainData(
         report=report,
-        examples=tuple(examples[i] for i in trained),
-        held_out=tuple(examples[i] for i in held_out),
+        examples=examples.select(i for i in trained for _ in range(rows[i].repeats)),
+        held_out=examples.select(held_out),
+        blank=load_text("", cache, fingerprint) if config.data.caption_dropout else None,
         preview=_preview_plan(config, prompts, family, cache, fingerprint) if prompts else None,
         prior=tuple((prompt, load_text(prompt, cache, fingerprint)) for prompt in prior_prompts(config)),
     )
@@ -177,12 +195,56 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def data_digest(report: DatasetReport) -> str:
-    """SHA-256 over every picture's bytes, caption and size, in order."""
-    lines = [
-        f"{one.sample.digest} {one.bucket.width_px}x{one.bucket.height_px} {one.sample.caption}"
-        for one in report.placed
-    ]
+    """SHA-256 over what is trained on: pictures, sizes, captions, repeats and weights, wherever they came from."""
+    lines = sorted(
+        json.dumps(
+            [
+                sample.digest,
+                [[bucket.width_px, bucket.height_px] for bucket in sample.buckets],
+                sample.caption,
+                sample.repeats,
+                sample.weight,
+            ]
+        )
+        for sample in report.samples
+    )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _fill_cache(
+    config: RunConfig,
+    report: DatasetReport,
+    orders: Mapping[str, Sequence[str]],
+    family: Family,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    """Encode what is not in the cache `folder` yet: text encoders come, encode and go before the autoencoder comes."""
+    dtype, fingerprint = encoder_dtype(device), encoders_fingerprint(family, device)
+
+    @functools.cache
+    def open_text_encoder() -> Any:
+        stack = family.load_text(device, dtype)
+        return lambda texts: family.encode_text(stack, texts)
+
+    def open_image_encoder() -> Any:
+        vae = family.load_vae(device, dtype)
+        return lambda pixels: family.encode_image(vae, pixels)
+
+    # One call each: a caption's encoding must not depend on which previews, say, share its batch.
+    groups: tuple[Sequence[str], ...] = (
+        list(orders),
+        [text for texts in orders.values() for text in texts[1:]],
+        [""] if config.data.caption_dropout else [],
+        preview_prompts(config, report),
+        prior_prompts(config),
+    )
+    for group in groups:
+        cache_texts(group, folder, fingerprint, open_text_encoder)
+    open_text_encoder.cache_clear()
+    release_memory()
+    cache_latents(report.placed, report.decoding, folder, fingerprint, open_image_encoder)
+    release_memory()
 
 
 def _wants_bf16(config: RunConfig) -> bool:

@@ -195,8 +195,10 @@ def test_loaded_parts_are_frozen_and_in_evaluation_mode(case: Case) -> None:
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (48, 64), (64, 40)])
 def test_latent_shape_is_the_encoders(case: Case, width: int, height: int) -> None:
     pixels = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = case.family.encode_image(case.vae, pixels)
+    latents, spread = case.family.encode_image(case.vae, pixels)
     assert tuple(latents.shape[1:]) == case.family.latent_shape(width, height)
+    assert spread.shape == latents.shape
+    assert (spread > 0).all()
     decoded = case.family.decode_latents(case.vae, latents)
     assert decoded.shape == pixels.shape
     assert decoded.dtype == FP32
@@ -208,9 +210,10 @@ def test_latent_shape_is_the_encoders(case: Case, width: int, height: int) -> No
 
 def test_encoding_and_decoding_do_not_mix_rows(case: Case) -> None:
     pixels = torch.rand(3, 3, 64, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    together = case.family.encode_image(case.vae, pixels)
-    alone = torch.cat([case.family.encode_image(case.vae, one[None]) for one in pixels])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    together, spread = case.family.encode_image(case.vae, pixels)
+    alone = [case.family.encode_image(case.vae, one[None]) for one in pixels]
+    torch.testing.assert_close(together, torch.cat([mean for mean, _ in alone]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spread, torch.cat([std for _, std in alone]), rtol=1e-5, atol=1e-5)
     back = case.family.decode_latents(case.vae, together)
     one_by_one = torch.cat([case.family.decode_latents(case.vae, one[None]) for one in together])
     torch.testing.assert_close(back, one_by_one, rtol=1e-5, atol=1e-5)

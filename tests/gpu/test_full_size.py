@@ -57,7 +57,7 @@ def run_steps(family: RandomFlux1, side_px: int, steps: int, text: tuple[int, in
     generator = torch.Generator().manual_seed(1)
     cond = TextCond(torch.randn(1, *text[:2], generator=generator), torch.randn(1, text[2], generator=generator))
     latent = torch.randn(family.latent_shape(side_px, side_px), generator=generator)
-    example = CachedExample("random", Bucket(side_px, side_px), latent, cond)
+    example = CachedExample("random", Bucket(side_px, side_px), latent, None, (cond,))
     results = []
     for _ in range(steps):
         results.append(training_step(state, family, config, [example], [0]))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 from flux_ft import flow
@@ -25,11 +28,12 @@ from flux_ft.adapters import lora
 from flux_ft.adapters.formats import delta_weight, read_adapter, write_adapter
 from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples
-from flux_ft.data.images import load_rgb
-from flux_ft.data.loader import collate
+from flux_ft.data.images import load_picture
+from flux_ft.data.loader import BatchPlan, collate, resampled
 from flux_ft.errors import StoppedByUser
 from flux_ft.families.base import Family
 from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.families.tiny.scenes import all_scenes, caption, render
 from flux_ft.infer.sampler import initial_noise
 from flux_ft.plan import check_run
 from flux_ft.train import checkpoint, loop
@@ -37,7 +41,15 @@ from flux_ft.train import run as run_module
 from flux_ft.train.loop import Acts, StepResult, prior_drift, train_steps
 from flux_ft.train.preview import write_previews
 from flux_ft.train.run import read_metrics, train
-from flux_ft.train.setup import TrainData, TrainState, draw_prior, make_accelerator, prepare_data, prepare_model
+from flux_ft.train.setup import (
+    TrainData,
+    TrainState,
+    data_digest,
+    draw_prior,
+    make_accelerator,
+    prepare_data,
+    prepare_model,
+)
 from flux_ft.types import AdapterState, Batch, LoraLayer, TextCond
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -81,7 +93,7 @@ class Run:
         return Acts(**(quiet | changed))
 
     def train(self, **acts: Any) -> Run:
-        train_steps(self.state, self.family, self.config, self.data.examples, self.prior, self.acts(**acts))
+        train_steps(self.state, self.family, self.config, self.data, self.prior, self.acts(**acts))
         return self
 
     def stir(self) -> Run:
@@ -107,6 +119,27 @@ class Run:
 def start(tiny_family: Family, run_settings: Settings, cache: Path, tmp_path: Path) -> Callable[..., Run]:
     """`start(**overrides)`: a fresh run with these settings."""
     return lambda **overrides: Run(tiny_family, run_settings(tmp_path, **overrides), cache)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings with all on that `data` can do: two sources, repeats, weights, masks, captions as tags, some dropped."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    rng = np.random.default_rng(11)
+    for number in range(10):
+        scene, folder = all_scenes()[int(rng.integers(len(all_scenes())))], folders[number % 2]
+        Image.fromarray(np.ascontiguousarray(render(scene, rng))).save(folder / f"{number}.png")
+        tags = ["TOK", *caption(scene, rng).split()[:4]]
+        (folder / f"{number}.txt").write_text(", ".join(tags))
+        if number % 3 == 0:
+            mask = np.zeros((64, 64), np.uint8)
+            mask[8:40, 16 : 40 + number] = 255
+            Image.fromarray(mask).save(folder / f"{number}_mask.png")
+    data = {
+        "path": str(folders[0]), "sources": [{"path": str(folders[1]), "repeats": 2, "weight": 0.5}],
+        "unmasked_weight": 0.1, "caption_dropout": 0.3, "tag_orders": 3, "resample_latents": True,
+    }  # fmt: skip
+    return {"data": data, "trigger_word": "TOK"}
 
 
 def random_adapter(like: AdapterState, seed: int, alpha: float | None = None, size: float = 0.2) -> AdapterState:
@@ -167,13 +200,19 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("split", [(1, 4), (2, 2)])
+@pytest.mark.parametrize("all_on", [False, True])
 def test_accumulated_gradients_are_the_batchs(
-    start: Callable[..., Run], gradients: list[dict[str, Tensor]], split: tuple[int, int]
+    start: Callable[..., Run],
+    gradients: list[dict[str, Tensor]],
+    split: tuple[int, int],
+    everything: dict[str, Any],
+    all_on: bool,
 ) -> None:
     """Sums of the same products in another order, in float64 so that the order's rounding does not show."""
-    whole = in_float64(start(iterations=1, optim={"batch_size": 4, "max_grad_norm": None}).stir()).train()
+    settings = {"iterations": 1, **(everything if all_on else {})}
+    whole = in_float64(start(**settings, optim={"batch_size": 4, "max_grad_norm": None}).stir()).train()
     size, accumulate = split
-    parts = start(iterations=1, optim={"batch_size": size, "accumulate": accumulate, "max_grad_norm": None})
+    parts = start(**settings, optim={"batch_size": size, "accumulate": accumulate, "max_grad_norm": None})
     in_float64(parts.stir()).train()
     assert gap(gradients[0], gradients[1]) < 1e-6
     assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
@@ -228,14 +267,14 @@ def test_noise_of_a_slot_does_not_depend_on_the_split(
 
 def test_cached_is_uncached(tiny_family: Family, run_settings: Settings, tmp_path: Path) -> None:
     """Exact against the same calls of the encoders; 1e-6 against one picture or caption at a time."""
-    placed = check_run(run_settings(tmp_path)).report.placed
+    report = check_run(run_settings(tmp_path)).report
     vae, stack = tiny_family.load_vae(CPU, FP32), tiny_family.load_text(CPU, FP32)
-    latents: dict[bytes, Tensor] = {}
+    latents: dict[bytes, tuple[Tensor, Tensor]] = {}
     texts: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def encode_image(pixels_B3HW: Tensor) -> Tensor:
+    def encode_image(pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         made = tiny_family.encode_image(vae, pixels_B3HW)
-        latents.update({one.numpy().tobytes(): latent for one, latent in zip(pixels_B3HW, made, strict=True)})
+        latents.update({one.numpy().tobytes(): pair for one, *pair in zip(pixels_B3HW, *made, strict=True)})
         return made
 
     def encode_text(captions: list[str]) -> TextCond:
@@ -243,20 +282,32 @@ def test_cached_is_uncached(tiny_family: Family, run_settings: Settings, tmp_pat
         texts.update(zip(captions, zip(made.embeds_BLD, made.pooled_BP, strict=True), strict=True))
         return made
 
-    cache_texts([one.sample.caption for one in placed], tmp_path, "t", lambda: encode_text)
-    cache_latents(placed, tmp_path, "i", lambda: encode_image)
-    for one, example in zip(placed, load_examples(placed, tmp_path, "i", "t"), strict=True):
-        pixels = torch.from_numpy(load_rgb(one.sample.path, one.bucket).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-        embeds, pooled = texts[one.sample.caption]
-        assert torch.equal(example.latent_CHW, latents[pixels.numpy().tobytes()])
-        assert torch.equal(example.text.embeds_BLD[0], embeds)
-        assert torch.equal(example.text.pooled_BP[0], pooled)
-        alone, text = (
-            tiny_family.encode_image(vae, pixels[None])[0],
-            tiny_family.encode_text(stack, [one.sample.caption]),
-        )
-        torch.testing.assert_close(example.latent_CHW, alone, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(example.text.embeds_BLD, text.embeds_BLD, rtol=1e-5, atol=1e-6)
+    cache_texts([sample.caption for sample in report.samples], tmp_path, "t", lambda: encode_text)
+    cache_latents(report.placed, report.decoding, tmp_path, "i", lambda: encode_image)
+    examples = load_examples(report.placed, report.decoding, tmp_path, "i", "t")
+    placed = {(one.sample.file.name, one.bucket): one for one in report.placed}
+    assert len(examples) == len(placed)
+    for index, example in enumerate(examples):
+        sample = placed[example.name, example.bucket].sample
+        rgb = load_picture(sample.file.read(), example.bucket, report.decoding).rgb_HW3
+        pixels = torch.from_numpy(rgb.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+        mean, std = latents[pixels.numpy().tobytes()]
+        embeds, pooled = texts[sample.caption]
+        assert torch.equal(example.mean_CHW, mean)
+        assert example.std_CHW is not None
+        assert torch.equal(example.std_CHW, std)
+        assert torch.equal(example.texts[0].embeds_BLD[0], embeds)
+        assert torch.equal(example.texts[0].pooled_BP[0], pooled)
+        alone, text = tiny_family.encode_image(vae, pixels[None]), tiny_family.encode_text(stack, [sample.caption])
+        torch.testing.assert_close(example.mean_CHW, alone[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(example.std_CHW, alone[1][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(example.texts[0].embeds_BLD, text.embeds_BLD, rtol=1e-5, atol=1e-6)
+        # What a step trains on is what sampling the encoder's distribution by the same noise gives.
+        drawn = resampled(collate(examples, [index], [4]), 3, 7).mean_BCHW[0]
+        noise = flow.draw_noise(tuple(mean.shape), flow.keyed_generator(3, "latent", 7, 4))
+        raw = vae.encode(pixels[None]).latent_dist
+        expected = (raw.mean + raw.std * noise - vae.config.shift_factor) * vae.config.scaling_factor
+        torch.testing.assert_close(drawn, expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_training_from_a_full_cache_is_training_from_an_empty_one(
@@ -278,9 +329,154 @@ def test_preview_prompts_do_not_change_the_training_texts(
     drawing = run_settings(tmp_path, preview={"every": 1, "prompts": prompts})
     shown = Run(tiny_family, drawing, tmp_path / "b").data.examples
     for one, other in zip(quiet, shown, strict=True):
+        assert torch.equal(one.texts[0].embeds_BLD, other.texts[0].embeds_BLD)
+        assert torch.equal(one.texts[0].pooled_BP, other.texts[0].pooled_BP)
+        assert torch.equal(one.mean_CHW, other.mean_CHW)
+
+
+# --- What is trained on. ---
+
+
+def batches(run: Run, steps: int) -> list[Batch]:
+    rows, size = run.data.examples.rows, run.config.optim.batch_size
+    plan = BatchPlan([row.bucket for row in rows], size, steps, run.config.seed)
+    return [collate(run.data.examples, plan.indices(step), range(size)) for step in range(steps)]
+
+
+def test_the_same_pictures_under_other_names_are_the_same_run(
+    start: Callable[..., Run], pictures: Path, tmp_path: Path
+) -> None:
+    """Exact: the order of names, which is all that differs, decides nothing. Held-out pictures and losses too."""
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for number, path in enumerate(sorted(pictures.glob("*.png"), reverse=True)):
+        shutil.copy(path, renamed / f"picture {number}.png")
+        shutil.copy(path.with_suffix(".txt"), renamed / f"picture {number}.txt")
+    settings: dict[str, Any] = {"validation": {"fraction": 0.2}}
+    first, second = start(**settings), start(**settings, data={"path": str(renamed)})
+    assert [one.names for one in batches(first, 6)] != [one.names for one in batches(second, 6)]
+    for one, other in zip(batches(first, 6), batches(second, 6), strict=True):
+        assert torch.equal(one.mean_BCHW, other.mean_BCHW)
         assert torch.equal(one.text.embeds_BLD, other.text.embeds_BLD)
-        assert torch.equal(one.text.pooled_BP, other.text.pooled_BP)
-        assert torch.equal(one.latent_CHW, other.latent_CHW)
+    assert data_digest(first.data.report) == data_digest(second.data.report)
+    assert [row.digest for row in first.data.held_out.rows] == [row.digest for row in second.data.held_out.rows]
+    measured = [loop.validation_loss(run.state, run.family, run.config, run.data.held_out) for run in (first, second)]
+    assert measured[0] == measured[1]
+    assert_same_bits(first.train().weights, second.train().weights)
+    assert first.losses == second.losses
+
+
+def test_repeats_and_weights_of_a_source_are_kept(start: Callable[..., Run], everything: dict[str, Any]) -> None:
+    run = start(**everything, optim={"batch_size": 5})
+    assert run.data.examples.pictures == 10
+    seen = Counter(name for batch in batches(run, 6) for name in batch.names)  # 30 of 5 + 2 · 5: twice through
+    assert seen == {f"{number}.png": 2 if number % 2 == 0 else 4 for number in range(10)}
+    for batch in batches(run, 6):
+        assert batch.loss_weight_B is not None
+        assert batch.loss_weight_B.tolist() == [1.0 if int(name[0]) % 2 == 0 else 0.5 for name in batch.names]
+
+
+def test_held_out_pictures_come_once_and_are_never_trained(
+    start: Callable[..., Run], everything: dict[str, Any]
+) -> None:
+    run = start(**everything, validation={"fraction": 0.4})
+    trained, held_out = ([row.digest for row in each.rows] for each in (run.data.examples, run.data.held_out))
+    assert len(set(trained)) + len(set(held_out)) == 10
+    assert len(held_out) == len(set(held_out)) > 1
+    assert not set(trained) & set(held_out)
+
+
+def test_a_sources_weight_scales_its_loss(start: Callable[..., Run], everything: dict[str, Any]) -> None:
+    run = start(**everything)
+    batch = collate(run.data.examples, range(4), range(4))
+    weighted, sigma = loop.batch_loss(run.state, run.family, run.config, batch)
+    plain, _ = loop.batch_loss(run.state, run.family, run.config, replace(batch, loss_weight_B=None))
+    assert len(sigma) == 4
+    torch.testing.assert_close(weighted, plain * torch.tensor([row.loss_weight for row in run.data.examples.rows[:4]]))
+
+
+def test_masks_weight_the_loss(start: Callable[..., Run], everything: dict[str, Any]) -> None:
+    """Against a loop over places, from the mask in the file; an all-white mask is no mask, to the bit."""
+    run = start(**everything)
+    rows = run.data.examples.rows
+    index = next(index for index, row in enumerate(rows) if row.name == "3.png")
+    batch = collate(run.data.examples, [index], [0])
+    noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch)
+    found = loop.flow_loss(run.state, run.family, batch, noise, sigma)
+    predicted = loop.predict(run.state, run.family, batch, noise, sigma).detach()
+    error = (predicted - (noise - batch.mean_BCHW)).square()
+    _, channels, height, width = error.shape
+    path = Path(run.config.data.sources[0].path) / "3_mask.png"
+    pixels = np.asarray(Image.open(path)).astype(float) / 255
+    step = 64 // height
+    weights = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            weights[y, x] = 0.1 + 0.9 * pixels[y * step : (y + 1) * step, x * step : (x + 1) * step].mean()
+    total = 0.0
+    for y in range(height):
+        for x in range(width):
+            for channel in range(channels):
+                total += weights[y, x] / weights.mean() * float(error[0, channel, y, x])
+    assert float(found) == pytest.approx(total / (channels * height * width), rel=1e-5)
+    plain, white = replace(batch, weight_BHW=None), replace(batch, weight_BHW=torch.ones(1, height, width))
+    losses = [loop.flow_loss(run.state, run.family, one, noise, sigma) for one in (plain, white, batch)]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+def test_texts_are_drawn_anew_at_each_step(
+    start: Callable[..., Run], everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(**everything, iterations=30, optim={"batch_size": 4})
+    assert run.data.blank is not None
+    drawn: list[Batch] = []
+
+    def note(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
+        drawn.append(batch)
+        weight = run.state.parameters[0]
+        return (weight.sum() * 0).expand(4), torch.zeros(4)
+
+    monkeypatch.setattr(loop, "batch_loss", note)
+    run.train()
+    rows = {row.name: index for index, row in enumerate(run.data.examples.rows)}
+    chosen = []
+    for batch in drawn:
+        for slot, name in enumerate(batch.names):
+            texts = [*run.data.examples[rows[name]].texts, run.data.blank]
+            chosen += [
+                which for which, text in enumerate(texts) if torch.equal(text.pooled_BP[0], batch.text.pooled_BP[slot])
+            ]
+    assert len(chosen) == 120
+    counts = Counter(chosen)
+    assert set(counts) == {0, 1, 2, 3}
+    assert 18 <= counts[3] <= 54  # three in ten of 120
+    assert min(counts.values()) >= 12
+
+
+def test_latents_are_drawn_anew_at_each_step_and_the_mean_is_measured(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: dict[bool, list[Tensor]] = {True: [], False: []}
+    for resample in used:
+        run = start(data={"resample_latents": resample}, validation={"fraction": 0.2})
+        inner = loop.flow_loss
+        with monkeypatch.context() as patched:
+
+            def note(state: TrainState, family: Family, batch: Batch, *rest: Tensor) -> Tensor:
+                used[resample].append(batch.mean_BCHW)  # noqa: B023 (called within this turn)
+                return inner(state, family, batch, *rest)  # noqa: B023
+
+            patched.setattr(loop, "flow_loss", note)
+            run.train()
+            count = len(used[resample])
+            loop.validation_loss(run.state, run.family, run.config, run.data.held_out)
+            measured = used[resample][count:]
+            assert torch.equal(measured[0][0], run.data.held_out[0].mean_CHW)
+        means = [one.mean_CHW for one in run.data.examples]
+        trained = [row for batch in used[resample][:count] for row in batch]
+        exact = [any(row.shape == mean.shape and torch.equal(row, mean) for mean in means) for row in trained]
+        assert exact == [not resample] * len(trained)
 
 
 # --- What must not touch the training. ---
@@ -390,11 +586,13 @@ def test_dropout_acts(start: Callable[..., Run]) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_resumed_is_straight(start: Callable[..., Run], tmp_path: Path, dropout: float) -> None:
+def test_resumed_is_straight(
+    start: Callable[..., Run], tmp_path: Path, dropout: float, everything: dict[str, Any]
+) -> None:
     """Six steps at once, or three, a checkpoint on disk, and three more with everything loaded anew. Exact."""
     settings: dict[str, Any] = {
         "iterations": 6, "lora": {"dropout": dropout}, "schedule": {"name": "cosine", "warmup_steps": 2},
-        "prior": PRIOR,
+        "prior": PRIOR, **(everything if dropout else {}),
     }  # fmt: skip
     straight = start(**settings).train()
 
@@ -405,7 +603,7 @@ def test_resumed_is_straight(start: Callable[..., Run], tmp_path: Path, dropout:
         checkpoint.save(tmp_path / "checkpoints", made, keep=2)
 
     stopped = train_steps(
-        first.state, first.family, first.config, first.data.examples, first.prior,
+        first.state, first.family, first.config, first.data, first.prior,
         first.acts(save=save, should_stop=lambda: first.state.step == 3),
     )  # fmt: skip
     assert not stopped

@@ -123,3 +123,36 @@ def test_loss_is_one_float32_mean_for_each_row():
     loss = flow.velocity_loss(predicted.bfloat16(), target.bfloat16())
     assert loss.tolist() == [4.0, 2.5]
     assert loss.dtype == torch.float32
+
+
+def test_a_weighted_loss_is_the_mean_over_channels_and_places():
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = (torch.randn(2, 3, 4, 5, generator=generator) for _ in range(2))
+    weight = torch.rand(2, 4, 5, generator=generator)
+    found = flow.velocity_loss(predicted, target, weight)
+    for row in range(2):
+        total = 0.0
+        for channel in range(3):
+            for y in range(4):
+                for x in range(5):
+                    error = float(predicted[row, channel, y, x]) - float(target[row, channel, y, x])
+                    total += float(weight[row, y, x]) * error**2
+        assert float(found[row]) == pytest.approx(total / 60, rel=1e-5)
+    assert torch.equal(
+        flow.velocity_loss(predicted, target, torch.ones(2, 4, 5)), flow.velocity_loss(predicted, target)
+    )
+
+
+@given(st.lists(st.floats(0, 1), min_size=6, max_size=6).filter(lambda mask: max(mask) > 1e-3), st.floats(0, 1))
+def test_mask_weights_are_the_written_formula(mask, unmasked):
+    found = flow.mask_weights(torch.tensor(mask).view(2, 3), unmasked)
+    raw = [unmasked + (1 - unmasked) * value for value in torch.tensor(mask).tolist()]
+    expected = [value / (sum(raw) / 6) for value in raw]
+    assert found.flatten().tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert found.dtype == torch.float32
+    assert float(found.double().mean()) == pytest.approx(1, abs=1e-6)
+
+
+@given(st.floats(0, 1))
+def test_an_all_white_mask_is_no_mask(unmasked):
+    assert torch.equal(flow.mask_weights(torch.ones(7, 9), unmasked), torch.ones(7, 9))

@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flux_ft.data.loader import BatchPlan, bucket_schedule, collate, endless_order, split_holdout
+from flux_ft import flow
+from flux_ft.data.loader import (
+    BatchPlan,
+    bucket_schedule,
+    collate,
+    draw_text,
+    endless_order,
+    resampled,
+    split_holdout,
+)
 from flux_ft.types import Bucket, CachedExample, TextCond
 
 WIDE, TALL, SQUARE = Bucket(64, 32), Bucket(32, 64), Bucket(48, 48)
@@ -62,23 +71,28 @@ def test_a_larger_batch_takes_the_same_stream_in_larger_pieces():
     assert stream[:7] != stream[7:14]
 
 
-def example(name, bucket=WIDE, tokens=5):
+def text(value, tokens=5):
+    return TextCond(torch.full((1, tokens, 6), float(value)), torch.full((1, 2), float(value)))
+
+
+def example(name, bucket=WIDE, tokens=5, **changed):
     value = float(name)
+    mean, std = torch.full((4, 2, 3), value), torch.full((4, 2, 3), value / 10 + 0.5)
     return CachedExample(
-        name,
-        bucket,
-        torch.full((4, 2, 3), value),
-        TextCond(torch.full((1, tokens, 6), value), torch.full((1, 2), value)),
+        name, bucket, mean, changed.pop("std_CHW", std), changed.pop("texts", (text(value, tokens),)), **changed
     )
 
 
 def test_collate_keeps_the_order_and_the_slots():
     batch = collate([example(str(index)) for index in range(5)], [3, 0, 3], [4, 5, 6])
-    assert batch.latents_BCHW[:, 0, 0, 0].tolist() == [3, 0, 3]
+    assert batch.mean_BCHW[:, 0, 0, 0].tolist() == [3, 0, 3]
+    assert batch.std_BCHW[:, 0, 0, 0].tolist() == pytest.approx([0.8, 0.5, 0.8])
     assert batch.text.embeds_BLD.shape == (3, 5, 6)
     assert batch.text.pooled_BP[:, 0].tolist() == [3, 0, 3]
     assert batch.slots == (4, 5, 6)
     assert batch.names == ("3", "0", "3")
+    assert batch.weight_BHW is None
+    assert batch.loss_weight_B is None
 
 
 def test_collate_refuses_what_cannot_be_one_batch():
@@ -88,6 +102,74 @@ def test_collate_refuses_what_cannot_be_one_batch():
         collate([example("0"), example("1", tokens=4)], [0, 1], [0, 1])
     with pytest.raises(AssertionError, match="one slot"):
         collate([example("0")], [0], [0, 1])
+    with pytest.raises(AssertionError, match="all or none"):
+        collate([example("0"), example("1", std_CHW=None)], [0, 1], [0, 1])
+
+
+def test_collate_puts_weights_together():
+    mask = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    batch = collate([example("0", weight_HW=mask), example("1", loss_weight=0.5)], [1, 0], [0, 1])
+    assert torch.equal(batch.weight_BHW, torch.stack([torch.ones(2, 3), mask]))
+    assert batch.loss_weight_B.tolist() == [0.5, 1.0]
+
+
+def test_a_text_is_chosen_by_example_and_slot():
+    examples = [example(str(index)) for index in range(3)]
+    batch = collate(examples, [2, 1], [7, 8], lambda one, slot: text(10 * slot + int(one.name)))
+    assert batch.text.pooled_BP[:, 0].tolist() == [72, 81]
+
+
+class TestDrawText:
+    orders = example("0", texts=tuple(text(value) for value in range(4)))
+    blank = text(-1)
+
+    def values(self, one=orders, steps=range(400), slot=0, **given):
+        options = {"seed": 3, "dropout": 0.0, "blank": None} | given
+        return [float(draw_text(one, slot, step=step, **options).pooled_BP[0, 0]) for step in steps]
+
+    def test_without_orders_and_dropout_it_is_the_caption(self):
+        assert set(self.values(example("5"))) == {5.0}
+        assert set(self.values(example("5"), dropout=0.9)) == {5.0}  # nothing to put in its place
+
+    def test_every_order_is_as_likely(self):
+        counts = Counter(self.values())
+        assert set(counts) == {0, 1, 2, 3}
+        assert max(counts.values()) < 140
+
+    def test_captions_are_dropped_in_the_share_that_was_asked_for(self):
+        dropped = self.values(example("5"), dropout=0.25, blank=self.blank).count(-1)
+        assert 70 <= dropped <= 130
+        assert self.values(dropout=0.0, blank=self.blank) == self.values()
+
+    def test_dropout_leaves_the_orders_of_the_others_alone(self):
+        pairs = zip(self.values(), self.values(dropout=0.5, blank=self.blank), strict=True)
+        assert all(dropped in (-1, kept) for kept, dropped in pairs)
+
+    def test_a_draw_depends_on_seed_step_and_slot_alone(self):
+        given = {"dropout": 0.3, "blank": self.blank}
+        straight = self.values(steps=range(50), **given)
+        torch.manual_seed(1)
+        assert self.values(steps=range(25, 50), **given) == straight[25:]
+        assert self.values(steps=range(50), seed=4, **given) != straight
+        assert self.values(steps=range(50), slot=1, **given) != straight
+
+
+def test_latents_are_drawn_around_their_means():
+    batch = collate([example("1"), example("4")], [0, 1, 0], [0, 1, 2])
+    draws = torch.stack([resampled(batch, 0, step).mean_BCHW for step in range(400)])
+    torch.testing.assert_close(draws.mean((0, 2, 3, 4)), torch.tensor([1.0, 4.0, 1.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(draws.std((0, 2, 3, 4)), torch.tensor([0.6, 0.9, 0.6]), atol=0.05, rtol=0)
+    assert not torch.equal(draws[:, 0], draws[:, 2])
+
+
+def test_a_latents_draw_is_keyed_by_step_and_slot():
+    whole = resampled(collate([example("1")] * 4, [0, 1, 2, 3], [0, 1, 2, 3]), 5, 9)
+    part = resampled(collate([example("1")] * 4, [2, 1], [2, 1]), 5, 9)
+    assert torch.equal(part.mean_BCHW, whole.mean_BCHW[[2, 1]])
+    noise = flow.draw_noise((4, 2, 3), flow.keyed_generator(5, "latent", 9, 2))
+    torch.testing.assert_close(whole.mean_BCHW[2], 1 + 0.6 * noise)
+    assert whole.std_BCHW is None
+    assert resampled(whole, 5, 9) is whole
 
 
 def test_adding_pictures_does_not_move_the_others():
