@@ -36,6 +36,9 @@ app = typer.Typer(
     help="Fine-tune FLUX image models on your own GPU: a folder of pictures in, a LoRA out.",
 )  # fmt: skip
 
+bench = typer.Typer(no_args_is_help=True, help="Measure this machine, with a peer beside us in the same run.")
+app.add_typer(bench, name="bench")
+
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="the run file", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="settings that replace the file's", show_default=False)
@@ -97,13 +100,59 @@ def train(
 
 
 @app.command()
-def check(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check a run file and its pictures without loading a model; writes nothing."""
+def check(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    report: Annotated[
+        Path | None, typer.Option(help="folder to write report.json and report.html into", metavar="DIR")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a run file and its pictures without loading a model; with --report, write what became of each picture."""
     loaded = _load(run_file, overrides)
+    from flux_ft.data.report import write_report
     from flux_ft.plan import check_run
 
     checked = check_run(loaded.config)
-    _report(checked.as_json(), checked.for_people(), as_json)
+    written = write_report(checked.report, report, loaded.config.trigger_word) if report else ()
+    words = "\n".join([checked.for_people(), *(f"wrote {path}" for path in written)])
+    _report(checked.as_json() | {"report": [str(path) for path in written]}, words, as_json)
+
+
+@app.command()
+def caption(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe the pictures that have no caption, into the run folder's captions.jsonl; run again, it goes on."""
+    loaded = _load(run_file, overrides)
+    from flux_ft.train.captions import caption_run
+
+    done = caption_run(loaded.config, device)
+    folder = loaded.config.output_dir
+    words = [f"caption   {one.file.name}: {one.caption}" for one in done.checked.report.samples[:10]]
+    words.append(f"{done.written} captions written to {folder / 'captions.jsonl'}; correct them there if need be")
+    captions = {one.file.name: one.caption for one in done.checked.report.samples}
+    _report({"folder": str(folder), "written": done.written, "captions": captions}, "\n".join(words), as_json)
+
+
+@app.command()
+def cache(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every entry, remove damaged ones, encode nothing")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fill the run's cache of encoded pictures and captions before training; with --verify, check what is there."""
+    loaded = _load(run_file, overrides)
+    from flux_ft.train import run
+
+    done = run.check_cache(loaded.config) if verify else run.fill_cache(loaded.config)
+    _report(done.as_json(), done.for_people(), as_json)
 
 
 @app.command()
@@ -152,6 +201,22 @@ def quickstart(
     folder = output or job.free_folder(Path("runs/quickstart"))
     summary = job.quickstart(folder, iterations, seed)
     _report(summary, job.summary_for_people(summary, folder), as_json)
+
+
+@bench.command("data")
+def bench_data(
+    pictures: Annotated[
+        Path | None, typer.Option(help="folder of photographs; without one, made-up pictures are used", metavar="DIR")
+    ] = None,
+    megapixels: Annotated[float, typer.Option(help="size that the photographs are brought to", min=0.1)] = 12.0,
+    repeats: Annotated[int, typer.Option(help="rounds of each side, taken in turns", min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """JPEG files to 1 MP pixels: ours beside Pillow's full decoding and Lanczos, in pictures per second and PSNR."""
+    from flux_ft.bench.data import bench_pictures, summary_for_people
+
+    result = bench_pictures(pictures, megapixels, repeats)
+    _report(result, summary_for_people(result), as_json, words_are_data=True)
 
 
 @app.command()

@@ -23,6 +23,14 @@ NUM_SQUARE, NUM_TALL = 6, 4
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_scan_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests scan is remembered apart from what the user scans; children inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLUX_FT_CACHE", str(tmp_path_factory.mktemp("scan-index")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Models of this size are slower on several threads, and sums then come out alike on every machine."""
     import torch

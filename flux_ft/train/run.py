@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from flux_ft import __version__, log
 from flux_ft.adapters import lora
 from flux_ft.adapters.formats import verify_written, write_adapter
 from flux_ft.adapters.metadata import ExportInfo, build_metadata
-from flux_ft.config import RunConfig
+from flux_ft.config import DataConfig, RunConfig
+from flux_ft.data.cache import verify_cache
 from flux_ft.data.report import write_report
 from flux_ft.errors import ConfigError, StoppedByUser, StorageError
 from flux_ft.families.base import Family
@@ -31,6 +32,7 @@ from flux_ft.infer.runner import release_memory
 from flux_ft.plan import check_run
 from flux_ft.runfile import dump_run
 from flux_ft.train import checkpoint
+from flux_ft.train.captions import with_captions
 from flux_ft.train.card import model_card, plot_losses
 from flux_ft.train.loop import Acts, StepResult, train_steps, validation_loss
 from flux_ft.train.preview import preview_grid, write_previews
@@ -47,9 +49,12 @@ from flux_ft.types import DatasetReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
+DATA_IN_LOOP = {"unmasked_weight", "caption_dropout", "tag_orders", "resample_latents"}
+"""What of `data` acts in each step; all else acts on the pictures, whose digest tells it."""
 FREE_TO_CHANGE = {
     *("output", "finetune_comment", "preview", "validation.every", "checkpoint", "export", "logging", "captioning"),
-    *("webhook_url", "webhook_secret", "data.path", "memory.recompute"),
+    *("webhook_url", "webhook_secret", "memory.recompute", "captioner", "priority"),
+    *(f"data.{name}" for name in DataConfig.model_fields if name not in DATA_IN_LOOP),
     *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate"),
 }
 """Settings that may change between a stop and a resume. What matters of the last row is told by `run_fingerprint`; the
@@ -78,20 +83,24 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     Raises InputError before anything is written, NonFiniteError, StorageError, or StoppedByUser after saving.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    report = check_run(config).report
+    checked = check_run(config)
     folder = config.output_dir
     family = open_family(config.model, config.model_parts)
     accelerator = make_accelerator(config, folder)
-    fingerprint = run_fingerprint(config, report, accelerator.num_processes)
-    found: checkpoint.Checkpoint | None = None
     if accelerator.is_main_process:
         claim_folder(folder, resume)
+    if not resume:  # a run goes on with the captions that it began with
+        with accelerator.main_process_first():
+            checked = with_captions(config, checked)
     accelerator.wait_for_everyone()
+    report = checked.report
+    fingerprint = run_fingerprint(config, report, accelerator.num_processes)
+    found: checkpoint.Checkpoint | None = None
     if resume:
         found = find_checkpoint(folder, fingerprint, config)
     if accelerator.is_main_process:
         write_whole(folder / "run.yaml", dump_run(config).encode())
-        write_report(report, folder)
+        write_report(report, folder, config.trigger_word)
         for warning in report.warnings:
             log.warn(warning)
     data = prepare_data(config, report, family, accelerator, folder / "cache")
@@ -112,7 +121,7 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
             save=lambda step: _save(state, config, folder, step, fingerprint),
             should_stop=should_stop,
         )
-        finished = train_steps(state, family, config, data.examples, prior, acts)
+        finished = train_steps(state, family, config, data, prior, acts)
     if not finished:
         accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
@@ -126,6 +135,63 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
         finish_folder(config, family, data, result, rows)
     accelerator.end_training()
     return result
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What lies in a run's cache."""
+
+    folder: Path
+    entries: int
+    size_bytes: int
+    written: int = 0
+    """Entries that were encoded just now."""
+    damaged: tuple[str, ...] = ()
+    """Entries that were removed because they were not whole; the next fill makes them anew."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {**asdict(self), "folder": str(self.folder), "damaged": list(self.damaged)}
+
+    def for_people(self) -> str:
+        """For people."""
+        removed = f"; {len(self.damaged)} were damaged and are removed: " + ", ".join(self.damaged[:5])
+        return (
+            f"{self.folder}: {self.entries} entries, {self.size_bytes / 1e6:.1f} MB, {self.written} encoded just now"
+            + (removed if self.damaged else "")
+        )
+
+
+def fill_cache(config: RunConfig) -> CacheState:
+    """Encode all that a run will read, captions of a captioner included. Raises InputError, StorageError."""
+    checked = check_run(config)
+    folder = config.output_dir / "cache"
+    require_writable(folder, "output")
+    accelerator = make_accelerator(config, config.output_dir)
+    family = open_family(config.model, config.model_parts)
+    with accelerator.main_process_first():
+        checked = with_captions(config, checked)
+    before = {path.name for path in cache_files(folder)}
+    prepare_data(config, checked.report, family, accelerator, folder)
+    after = cache_files(folder)
+    new = sum(path.name not in before for path in after)
+    return CacheState(folder, len(after), sum(path.stat().st_size for path in after), new)
+
+
+def check_cache(config: RunConfig) -> CacheState:
+    """Read every entry of the run's cache and remove what is not whole. Raises InputError when there is no cache."""
+    folder = config.output_dir / "cache"
+    if not folder.is_dir():
+        raise ConfigError(f"`output: {config.output_dir}` holds no cache", hint="fill it by `flux-ft cache RUN.yaml`")
+    found = verify_cache(folder, remove=True)
+    kept = cache_files(folder)
+    damaged = tuple(path.relative_to(folder).as_posix() for path in found.damaged)
+    return CacheState(folder, len(kept), sum(path.stat().st_size for path in kept), 0, damaged)
+
+
+def cache_files(folder: Path) -> list[Path]:
+    """The entries of a cache."""
+    return sorted(folder.glob("*/*.safetensors"))
 
 
 def claim_folder(folder: Path, resume: bool) -> None:
@@ -150,7 +216,7 @@ def only_the_cache(folder: Path) -> bool:
     Too little memory shows in the first step: the mended run must be able to start again.
     """
     names = {path.name for path in folder.iterdir()}
-    if not names <= {"cache", "run.yaml", "report.json", "report.html", "metrics.jsonl", "previews"}:
+    if not names <= {"cache", "captions.jsonl", "run.yaml", "report.json", "report.html", "metrics.jsonl", "previews"}:
         return False
     metrics, previews = folder / "metrics.jsonl", folder / "previews"
     steps_done = metrics.is_file() and any('"loss"' in line for line in metrics.open(encoding="utf-8"))
@@ -332,7 +398,7 @@ def export(
         seed=config.seed,
         learning_rate=config.resolved_learning_rate,
         optimizer=config.optim.name,
-        num_images=len(data.examples),
+        num_images=data.examples.pictures,
         resolution=f"{largest.width_px}x{largest.height_px}",
         started=started,
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -123,11 +123,11 @@ def write_scenes(folder: Path, scenes: Sequence[Scene] = SCENES) -> Path:
     return folder
 
 
-def write_run(path: Path, data: Path | str, **settings: object) -> Path:
+def write_run(path: Path, data: Path | str | dict[str, Any], **settings: object) -> Path:
     """A run file for a short LoRA run on flux-tiny; `settings` replace or add top-level keys."""
     base = {
         "model": "flux-tiny",
-        "data": str(data),
+        "data": data if isinstance(data, dict) else str(data),
         "finetune_type": "lora",
         "captioning": False,
         "lora_rank": 4,

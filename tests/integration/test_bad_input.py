@@ -13,7 +13,9 @@ import pytest
 import torch
 from _verbs import Done, assert_refused, hashes, run_here, run_verb, trained_steps, write_run
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+
+from flux_ft.data import cache
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -40,7 +42,7 @@ class TestPictures:
         assert not (run_file.parent / "out").exists()
 
     def test_missing_folder(self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
-        self.refused(capsys, run_file, tmp_path / "nowhere", "nowhere", "no such folder")
+        self.refused(capsys, run_file, tmp_path / "nowhere", "nowhere", "no such file or folder")
 
     def test_no_pictures(self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
         empty = tmp_path / "empty"
@@ -71,7 +73,8 @@ class TestPictures:
         broken_jpeg(folder / "torn.jpg")
         done = run_verb("check", run_file, f"data={folder}", "--json", cwd=tmp_path)
         assert done.code == 0, done.stderr
-        assert done.json["data"]["counts"] == {"files": 7, "used": 6, "skipped": 1}
+        counts = done.json["data"]["counts"]
+        assert (counts["files"], counts["pictures"], counts["captions"], counts["skipped"]) == (13, 6, 6, 1)
         (skipped,) = [file for file in done.json["data"]["files"] if file["status"] == "skipped"]
         assert skipped["path"] == "torn.jpg"
         assert "damaged" in skipped["reason"]
@@ -335,9 +338,9 @@ class TestNotFinite:
         assert run_here(capsys, "train", run_file, "iterations=1").code == 0
         shutil.copytree(out / "cache", tmp_path / "poisoned" / "cache")
         for path in (tmp_path / "poisoned" / "cache" / "latents").iterdir():
-            latent = load_file(path)["latent_CHW"]
-            latent[0, 0, 0] = float("nan")
-            save_file({"latent_CHW": latent}, path)
+            entry = cache.read_entry(path)
+            entry["mean_CHW"][0, 0, 0] = float("nan")
+            path.write_bytes(save(entry, metadata={"sha256": cache._sha256(entry)}))
         before = hashes(out)
         done = run_here(capsys, "train", run_file, f"output={tmp_path / 'poisoned'}", "optim.batch_size=2")
         assert_refused(done, "step 1", "the update was not made", code=1)

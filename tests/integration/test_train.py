@@ -180,8 +180,9 @@ class TestRunFolder:
 
     def test_report_tells_every_picture(self, straight: Run) -> None:
         report = json.loads((straight.folder / "report.json").read_text(encoding="utf-8"))
-        assert report["counts"] == {"files": 6, "used": 6, "skipped": 0}
-        assert all("TOK" in file["caption"] for file in report["files"])
+        counts = report["counts"]
+        assert (counts["files"], counts["pictures"], counts["captions"], counts["skipped"]) == (12, 6, 6, 0)
+        assert all("TOK" in file["caption"] for file in report["files"] if file["role"] == "picture")
         assert "<html" in (straight.folder / "report.html").read_text(encoding="utf-8")
 
     def test_previews_begin_with_the_base(self, straight: Run) -> None:

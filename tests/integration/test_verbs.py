@@ -56,7 +56,7 @@ class TestLightVerbs:
         assert told["model"] == "flux-tiny"
         assert told["pictures_per_step"] == 3
         assert told["buckets"] == {"64x64": 6}
-        assert told["data"]["counts"]["used"] == 6
+        assert told["data"]["counts"]["pictures"] == 6
         assert list(tmp_path.iterdir()) == []
 
     def test_check_for_people(self, run_file: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ class TestLightVerbs:
     def test_settings_without_effect_are_warned_about(self, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         done = run_here(capsys, "check", run_file, "priority=speed")
         assert done.code == 0
-        assert "warning: `priority` has no effect" in done.stderr
+        assert "`priority` has no effect: flux-tiny has one training size" in done.stderr
 
     def test_models_json(self, tmp_path: Path) -> None:
         done = run_verb("models", "--json", cwd=tmp_path)
