@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from flux_ft.config import CaptionerConfig, RunConfig
-from flux_ft.data.captions_file import read_captions
+from flux_ft.data.captions_file import AUTO, read_captions
 from flux_ft.data.index import ScanIndex, default_index_path
 from flux_ft.data.ingest import Rules, Wording, ingest
 from flux_ft.data.report import report_json
@@ -90,9 +90,14 @@ def _at_most(lines: list[str]) -> list[str]:
     return [*lines[:LINES_AT_MOST], *([f"          and {more} more; see the report"] if more > 0 else [])]
 
 
+def captioner_follows(config: RunConfig, variant: Variant) -> bool:
+    """Whether pictures without words are to be described: captioning is on, and of use or asked for by name."""
+    return config.captioning and (variant.free_captions or config.captioner.model != AUTO)
+
+
 def uncaptioned(config: RunConfig, variant: Variant, report: DatasetReport) -> list[Sample]:
-    """What a captioner would describe: pictures that came without words, where captioning is on and of use."""
-    if not (config.captioning and variant.free_captions):
+    """The pictures that a captioner would describe."""
+    if not captioner_follows(config, variant):
         return []
     return [sample for sample in report.samples if sample.caption_source == "trigger"]
 
@@ -154,7 +159,7 @@ def check_run(config: RunConfig) -> Checked:
         config.mode,
         read_captions(config.output_dir, config.captioner.model, config.mode) if config.captioning else {},
         caption_counter(variant, parts_source(config.model, config.model_parts)),
-        captioner_follows=config.captioning and variant.free_captions,
+        captioner_follows=captioner_follows(config, variant),
     )
     with ScanIndex(default_index_path()) as index:
         report = ingest(config.data, ingest_rules(config, variant), wording, index)
@@ -171,8 +176,11 @@ def _without_effect(config: RunConfig, variant: Variant) -> list[str]:
         found.append(f"`data.resolutions`: {max(larger)} is cut to {variant.name}'s {variant.max_pixels:,} pixels")
     if config.priority != "quality" and len(variant.training_sides_px) == 1:
         found.append(f"`priority` has no effect: {variant.name} has one training size")
-    if config.captioning and not variant.free_captions and config.captioner != CaptionerConfig():
-        found.append(f"`captioner` has no effect: {variant.name} does not understand free sentences")
+    if config.captioning and not captioner_follows(config, variant) and config.captioner != CaptionerConfig():
+        found.append(
+            f"`captioner` has no effect: {variant.name} knows the words of its own world alone; name a "
+            "`captioner.model` to have one all the same"
+        )
     if config.preview.guidance is not None and not variant.guidance_embedded:
         found.append(f"`preview.guidance` has no effect: {variant.name} has no guidance embedding")
     return found

@@ -9,7 +9,7 @@ from flux_ft.config import RunConfig
 from flux_ft.data.captioner import CaptionerUnavailable, describe
 from flux_ft.errors import ConfigError
 from flux_ft.infer.runner import release_memory
-from flux_ft.plan import Checked, check_run, uncaptioned
+from flux_ft.plan import Checked, captioner_follows, check_run, uncaptioned
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ def caption_run(config: RunConfig, device: str | None = None) -> Captioned:
     checked = check_run(config)
     if not config.captioning:
         raise ConfigError("`captioning` is false, so there is nothing to caption", hint="set `captioning: true`")
-    if not checked.variant.free_captions:
+    if not captioner_follows(config, checked.variant):
         raise ConfigError(
             f"{checked.variant.name} knows the words of its own world alone, so a captioner is of no use to it",
-            hint="write a .txt beside each picture, or choose another `model`",
+            hint="write a .txt beside each picture; or name a `captioner.model` to have one all the same",
         )
     todo = uncaptioned(config, checked.variant, checked.report)
     if not todo:
@@ -53,7 +53,8 @@ def with_captions(config: RunConfig, checked: Checked) -> Checked:
     try:
         describe(todo, config.captioner, config.mode, config.output_dir, decoding=checked.report.decoding)
     except CaptionerUnavailable as unavailable:
-        log.warn(f"{unavailable.message}; {len(todo)} pictures keep the plain caption of `mode: {config.mode}`")
+        kept = f"{len(todo)} pictures keep the plain caption of `mode: {config.mode}`"
+        log.warn(f"{unavailable.message}; {kept}" + (f" ({unavailable.hint})" if unavailable.hint else ""))
         return checked
     release_memory()
     return check_run(config)

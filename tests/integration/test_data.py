@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _captioners import save_florence
 from _verbs import (
     SCENES,
     Done,
@@ -201,6 +202,61 @@ class TestCacheVerb:
     def test_verify_without_a_cache(self, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run_file = write_run(tmp_path / "run.yaml", scenes, output=str(tmp_path / "nothing"))
         assert_refused(run_here(capsys, "cache", run_file, "--verify"), "holds no cache")
+
+
+class TestCaptions:
+    """The captioner through the verbs; its weights are random, so it talks nonsense, but its own for each picture."""
+
+    @pytest.fixture(scope="class")
+    def captioner(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        import torch
+
+        folder = tmp_path_factory.mktemp("florence")
+        torch.manual_seed(0)
+        save_florence(folder)
+        return folder
+
+    @pytest.fixture
+    def run_file(self, captioner: Path, tmp_path: Path) -> Path:
+        data = write_scenes(tmp_path / "data")
+        for index in range(4):
+            (data / f"{index:02d}.txt").unlink()
+        settings = {"captioning": True, "captioner": {"model": str(captioner), "max_tokens": 8}, "output": "out"}
+        return write_run(tmp_path / "run.yaml", data, **settings)
+
+    def test_seen_and_corrected_before_training(self, run_file: Path, tmp_path: Path) -> None:
+        before = run_verb("check", run_file, "--json", cwd=tmp_path)
+        assert before.json["to_be_captioned"] == 4
+        done = run_verb("caption", run_file, "--json", cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        assert done.json["written"] == 4
+        said = tmp_path / "out" / "captions.jsonl"
+        rows = [json.loads(line) for line in said.read_text(encoding="utf-8").splitlines()]
+        assert [row["name"] for row in rows] == [f"{index:02d}.png" for index in range(4)]
+        rows[1]["caption"] = "a [trigger] that I corrected"
+        said.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+        assert run_verb("caption", run_file, "--json", cwd=tmp_path).json["written"] == 0
+        trained = run_verb("train", run_file, "--json", cwd=tmp_path)
+        assert trained.code == 0, trained.stderr
+        told = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+        captions = {one["path"]: (one["caption"], one["caption_source"]) for one in told["files"] if one["caption"]}
+        assert captions["01.png"] == ("a TOK that I corrected", "captioner")
+        assert captions["04.png"][1] == "txt"
+        assert all(captions[f"{index:02d}.png"][0].startswith("TOK") for index in (0, 2, 3))
+
+    def test_training_asks_it_by_itself(self, run_file: Path, tmp_path: Path) -> None:
+        done = run_verb("train", run_file, cwd=tmp_path)
+        assert done.code == 0, done.stderr
+        assert len((tmp_path / "out" / "captions.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+    def test_one_that_cannot_be_had_is_one_message(
+        self, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("captioner.model=owner/nowhere", f"output={tmp_path / 'other'}")
+        assert_refused(run_here(capsys, "caption", run_file, *words), "owner/nowhere")
+        assert_refused(run_here(capsys, "caption", run_file, "captioning=false", words[1]), "`captioning` is false")
+        assert_refused(run_here(capsys, "caption", run_file, "captioner.model=auto", words[1]), "flux-tiny")
 
 
 EVERYTHING: dict[str, Any] = {
