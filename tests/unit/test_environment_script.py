@@ -278,5 +278,5 @@ class TestConstraints:
     def test_all_that_pyproject_asks_for_is_pinned(self) -> None:
         project = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], *env.INSTALL_FIRST]
-        names = {re.split(r"[\s\[<>=!~;]", line)[0].lower().replace("_", "-") for line in wanted}
+        names = {re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!~;]", line)[0].lower()) for line in wanted}
         assert names - set(PINNED_NAMES) == set()
