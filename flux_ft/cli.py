@@ -108,7 +108,7 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a run file and its pictures without loading a model; with --report, write what became of each picture."""
+    """Check a run file and all its pictures, without a model; --report writes a page that shows them."""
     loaded = _load(run_file, overrides)
     from flux_ft.data.report import write_report
     from flux_ft.plan import check_run
@@ -126,7 +126,7 @@ def caption(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Describe the pictures that have no caption, into the run folder's captions.jsonl; run again, it goes on."""
+    """Describe pictures without a caption, into the run folder's captions.jsonl; run again, it goes on."""
     loaded = _load(run_file, overrides)
     from flux_ft.train.captions import caption_run
 
@@ -147,7 +147,7 @@ def cache(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fill the run's cache of encoded pictures and captions before training; with --verify, check what is there."""
+    """Encode pictures and captions before training; with --verify, check what is encoded."""
     loaded = _load(run_file, overrides)
     from flux_ft.train import run
 

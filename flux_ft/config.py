@@ -26,6 +26,7 @@ HUB_PREFIX = "hf:"
 DATASET_KEYS = ("image_column", "split", "streaming", "limit")
 """Settings of a source that only a dataset has a use for."""
 SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+"""What `datasets` leaves in a folder that a dataset was saved in."""
 
 
 def _compiles(pattern: str) -> str:
@@ -71,7 +72,7 @@ class SourceConfig(Section):
     for beside the run file and then in the current directory; required."""
     repeats: int = Field(default=1, ge=1, le=1000)
     """How often each of its pictures comes in one pass over all pictures; `1` is the least."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=0.001, le=1000)
     """Weight of its pictures' loss against other sources' pictures, a plain number; `1` changes nothing."""
     caption_column: str | None = Field(default=None, min_length=1)
     """Column that holds the captions, in a dataset or in metadata.jsonl, metadata.csv; `null` = the first there is of
@@ -300,7 +301,7 @@ class RunConfig(Section):
     trigger_word: str = "TOK"
     """Word that stands for the new concept in captions; an empty text switches it off."""
     captioning: bool = True
-    """Caption pictures that have no `.txt` file beside them; `false` switches it off."""
+    """Describe pictures that came without a caption; `false` gives them the plain one of their `mode`."""
     finetune_type: Literal["full", "lora"] = "full"
     """Train every weight and extract a LoRA afterwards, or train a LoRA alone; cannot be switched off."""
     lora_rank: int = Field(default=32, ge=1, le=256)
@@ -451,8 +452,9 @@ def _may_be_dataset(path: str) -> bool:
     """Whether a source may have rows and columns; of a folder with parquet files only its reader can tell."""
     if path.startswith(HUB_PREFIX) or path.lower().endswith(".parquet"):
         return True
-    with suppress(OSError, ValueError):
-        return any(name.lower().endswith((".parquet", *SAVED_DATASET_FILES)) for name in os.listdir(path))
+    endings = (".parquet", *SAVED_DATASET_FILES)
+    with suppress(ValueError):  # no path at all
+        return any(name.lower().endswith(endings) for _, _, names in os.walk(path) for name in names)
     return False
 
 

@@ -16,6 +16,12 @@ A message says what is wrong and where; the hint says what to do about it.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The gist of a library's message, which may go on for pages."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
 class FluxFTError(Exception):
     """Any failure that is told to the user in one message, without a traceback."""
 

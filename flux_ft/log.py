@@ -17,7 +17,11 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flux_ft.errors import StorageError
 from flux_ft.files import write_whole
+
+PLAIN_LINE_EVERY_S = 1.0
+"""Where there is no terminal, a bar says nothing more often than this: what takes no time needs no lines."""
 
 # Of several processes, the first speaks for all.
 console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
@@ -41,8 +45,8 @@ def command(*words: str) -> str:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Bar]:
-    """A bar with rate and ETA on a terminal; about twenty plain lines elsewhere."""
+def progress(title: str, total: int | None) -> Iterator[Bar]:
+    """A bar with rate and ETA on a terminal, at most about twenty plain lines elsewhere. `total` None = not known."""
     bar = Bar(title, total)
     with bar:
         yield bar
@@ -51,7 +55,7 @@ def progress(title: str, total: int) -> Iterator[Bar]:
 class Bar:
     """Counts towards `total`; `advance(n, note)` moves it and shows a short note beside it."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int | None) -> None:
         self.title, self.total, self.done = title, total, 0
         self._skipped = 0
         self._rich: Progress | None = None
@@ -64,7 +68,7 @@ class Bar:
             self._task = self._rich.add_task(title, total=total, note="")
 
     def __enter__(self) -> Bar:
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         if self._rich:
             self._rich.start()
         return self
@@ -81,26 +85,38 @@ class Bar:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         before, self.done = self.done, self.done + count
-        rate = (self.done - self._skipped) / max(1e-9, time.monotonic() - self._started)
+        now = time.monotonic()
+        rate = (self.done - self._skipped) / max(1e-9, now - self._started)
         if self._rich:
             self._rich.update(self._task, advance=count, note=f"{rate:.2f}/s  {note}")
-            return
-        every = max(1, self.total // 20)
-        if self.done == self.total or before // every != self.done // every:
-            eta = (self.total - self.done) / rate
-            say(f"{self.title} {self.done}/{self.total}  {rate:.2f}/s  ETA {eta:.0f} s  {note}".rstrip())
+        elif self._is_worth_a_line(before, now):
+            self._told = now
+            of = f"/{self.total}" if self.total else ""
+            eta = f"  ETA {(self.total - self.done) / rate:.0f} s" if self.total else ""
+            say(f"{self.title} {self.done}{of}  {rate:.2f}/s{eta}  {note}".rstrip())
+
+    def _is_worth_a_line(self, before: int, now: float) -> bool:
+        if self.done == self.total:
+            return now - self._started >= PLAIN_LINE_EVERY_S
+        every = max(1, self.total // 20) if self.total else 1
+        return now - self._told >= PLAIN_LINE_EVERY_S and before // every != self.done // every
 
 
 class MetricsFile:
     """Appends one JSON object a line; after a resume, lines past `step` are dropped first so none is told twice."""
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step] if resume_step else []
+        kept = [line for line in _lines(path) if 0 <= _step_of(line) <= resume_step] if resume_step else []
         write_whole(path, "".join(kept).encode())
+        self._path = path
         self._file: IO[str] = path.open("a", buffering=1, encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        """Add one row. Raises StorageError."""
+        try:
+            self._file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write `{self._path}`: {error.strerror}", hint="free space there") from error
 
     def close(self) -> None:
         self._file.close()
@@ -109,4 +125,12 @@ class MetricsFile:
 def _lines(path: Path) -> Iterable[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _step_of(line: str) -> int:
+    """-1 for a line that a crash of the machine has spoilt."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -44,23 +46,38 @@ class Checked:
         """For people."""
         report, config = self.report, self.config
         skipped = [one for one in report.skipped if not one.ignored]
-        noted = [(sample.file.name, text) for sample in report.samples for text in sample.warnings]
+        n, per_step, shown = len(report.samples), self.pictures_per_step, self._captions_shown()
+        seen = (
+            f"each is seen {self.times_seen:.1f} times"
+            if self.times_seen >= 1
+            else f"at most {config.iterations * per_step:,} of the {n:,} are seen"
+        )
+        sizes = [f"{b.width_px}×{b.height_px}: {count:,}" for b, count in self.buckets.items()]
         lines = [
             f"model     {self.variant.name}: {self.variant.summary or self.variant.source}",
-            f"pictures  {len(report.samples)} used, {len(skipped)} files skipped",
+            f"pictures  {n:,} used, {len(skipped):,} file{'' if len(skipped) == 1 else 's'} skipped",
             *_at_most([f"          skipped {one.file.name}: {one.reason}" for one in skipped]),
-            *_at_most([f"          {name}: {text}" for name, text in noted]),
+            *_at_most([f"          {note}" for note in _notes(report.samples)]),
             *(f"warning   {text}" for text in report.warnings),
-            *([f"captions  {self.to_be_captioned} are written by the captioner when training starts, or now by "
-               "`flux-ft caption`"] if self.to_be_captioned else []),
-            *_at_most([f"sizes     {b.width_px}×{b.height_px}: {n}" for b, n in self.buckets.items()]),
-            *(f"caption   {sample.file.name}: {sample.caption}" for sample in report.samples[:3]),
-            f"training  LoRA rank {config.lora_rank}, {config.iterations} steps of {self.pictures_per_step} pictures "
-            f"(each is seen {self.times_seen:.1f} times), learning rate {config.resolved_learning_rate:g}",
+            f"sizes     {', '.join(sizes[:SIZES_AT_MOST])}"
+            + (f" and {len(sizes) - SIZES_AT_MOST} more" if len(sizes) > SIZES_AT_MOST else ""),
+            *(f"caption   {one.file.name}: {_cut(one.caption)}" for one in shown),
+            f"training  LoRA rank {config.lora_rank}, {config.iterations:,} steps of "
+            f"{per_step} picture{'' if per_step == 1 else 's'} ({seen}), "
+            f"learning rate {config.resolved_learning_rate:g}",
             f"output    {config.output_dir}",
             "ok",
         ]  # fmt: skip
         return "\n".join(lines)
+
+    def _captions_shown(self) -> list[Sample]:
+        """A few pictures whose captions differ, without those that are still to be described."""
+        later = captioner_follows(self.config, self.variant)
+        firsts: dict[str, Sample] = {}
+        for sample in self.report.samples:
+            if not (later and sample.caption_source == "trigger"):
+                firsts.setdefault(sample.caption, sample)
+        return list(firsts.values())[:CAPTIONS_AT_MOST]
 
     @property
     def pictures_per_step(self) -> int:
@@ -83,11 +100,31 @@ class Checked:
 
 
 LINES_AT_MOST = 10
+SIZES_AT_MOST = 6
+CAPTIONS_AT_MOST = 3
+CAPTION_CHARS = 160
+
+
+def _cut(caption: str) -> str:
+    return caption if len(caption) <= CAPTION_CHARS else f"{caption[:CAPTION_CHARS]} …"
 
 
 def _at_most(lines: list[str]) -> list[str]:
     more = len(lines) - LINES_AT_MOST
-    return [*lines[:LINES_AT_MOST], *([f"          and {more} more; see the report"] if more > 0 else [])]
+    told = f"          and {more:,} more; `--report DIR` shows all of them"
+    return [*lines[:LINES_AT_MOST], *([told] if more > 0 else [])]
+
+
+def _notes(samples: Sequence[Sample]) -> list[str]:
+    """What is to be known of single pictures; past a few, of each kind the first and how many there are like it."""
+    notes = [(sample.file.name, text) for sample in samples for text in sample.warnings]
+    if len(notes) <= LINES_AT_MOST:
+        return [f"{name}: {text}" for name, text in notes]
+    kinds: dict[str, list[str]] = {}
+    for name, text in notes:
+        kind = "the same picture" if text.startswith("the same picture") else re.sub(r"[\d.,]+", "", text)
+        kinds.setdefault(kind, []).append(f"{name}: {text}")
+    return [first + (f" (and {len(others):,} more like it)" if others else "") for first, *others in kinds.values()]
 
 
 def captioner_follows(config: RunConfig, variant: Variant) -> bool:

@@ -72,9 +72,9 @@ ALIASES = {
     "keyword": "trigger_word",
     "lr": "learning_rate",
     "lr_scheduler": "schedule.name",
+    "lr_warmup_steps": "schedule.warmup_steps",
     "masked_loss": "data.masks",
     "max_new_tokens": "captioner.max_tokens",
-    "lr_warmup_steps": "schedule.warmup_steps",
     "max_train_steps": "iterations",
     "name": "finetune_comment",
     "network_alpha": "lora.alpha",
@@ -208,13 +208,13 @@ def _use_core_rules(reader_or_writer: Any) -> None:
             list("-+.0123456789"),
         ),
     ):
-        reader_or_writer.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$"), first)
+        reader_or_writer.add_implicit_resolver(TAG_PREFIX + tag, re.compile(f"^(?:{pattern})$"), first)
 
 
 def _write_text(dumper: CoreDumper, text: str) -> yaml.Node:
     # Only double quotes carry every kind of line break through, U+0085 among them.
     breaks = re.search(r"[\n\r\x85\u2028\u2029]", text)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+    return dumper.represent_scalar(TAG_PREFIX + "str", text, style='"' if breaks else None)
 
 
 _use_core_rules(CoreLoader)

@@ -6,7 +6,7 @@ R rank, O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -130,6 +130,8 @@ class Sample:
     buckets: tuple[Bucket, ...]
     """The sizes it is trained at, largest first."""
     signals: Signals
+    content_digest: str
+    """SHA-256 of the file's bytes, whatever sizes and masks are trained: what a caption belongs to."""
     mask: SourceFile | None = None
     """A picture of its own that weights the loss."""
     masked: bool = False
@@ -153,6 +155,8 @@ class TokenCount:
     """What is past this many is not read."""
 
 
+CaptionCounter = Callable[[Sequence[str]], list[tuple[TokenCount, ...]]]
+"""Captions to the lengths of each for every text encoder."""
 CaptionSource = Literal["txt", "caption", "metadata", "captioner", "trigger"]
 
 

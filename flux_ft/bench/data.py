@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flux_ft.data.buckets import bucket_for, crop_box
+from flux_ft.data.folder import PICTURE_ENDINGS
 from flux_ft.data.images import load_picture, read_header
 from flux_ft.data.parallel import ordered_map, usable_cpus
 from flux_ft.errors import DataError
@@ -130,7 +131,7 @@ def _photographs(folder: Path) -> list[bytes]:
 
 
 def _picture(path: Path) -> bytes | None:
-    if path.suffix.lower() not in (".jpg", ".jpeg", ".png", ".webp"):
+    if path.suffix.lower() not in PICTURE_ENDINGS:
         return None
     data = path.read_bytes()
     try:

@@ -40,6 +40,7 @@ from torch import Tensor
 from flux_ft import flow, log
 from flux_ft.data.captions import tidy
 from flux_ft.data.images import load_mask, load_picture
+from flux_ft.data.index import default_index_path
 from flux_ft.data.parallel import ordered_map, usable_cpus
 from flux_ft.errors import DataError, NonFiniteError, StorageError
 from flux_ft.files import write_whole
@@ -176,14 +177,21 @@ def _readings(missing: Mapping[Path, PlacedSample]) -> Iterator[_Read]:
     for _, group in groupby(missing.items(), key=lambda item: item[1].sample.file):
         wanted = [(path, one.bucket, one.sample) for path, one in group]
         sample = wanted[0][2]
-        data = sample.file.read()
-        mask = sample.mask.read() if sample.mask else None
+        try:
+            data = sample.file.read()
+            mask = sample.mask.read() if sample.mask else None
+        except DataError as error:
+            raise DataError(
+                error.message, hint=error.hint or "leave the pictures in their place, and start again"
+            ) from None
         yield _Read(sample, tuple((path, bucket) for path, bucket, _ in wanted), data, mask)
 
 
 def _decode(read: _Read, decoding: Decoding) -> list[_Decoded]:
     sample, decoded = read.sample, []
-    for path, bucket in read.wanted:
+    paths = {bucket: path for path, bucket in read.wanted}
+    # The largest size tells whether the picture is still the one that was looked at, wanted or not.
+    for bucket in dict.fromkeys((sample.buckets[0], *paths)):
         file = sample.file
         try:
             pixels = load_picture(read.data, bucket, decoding)
@@ -194,10 +202,12 @@ def _decode(read: _Read, decoding: Decoding) -> list[_Decoded]:
             if pixels.mask_HW is not None and not pixels.mask_HW.any():
                 raise DataError("the mask is black everywhere, so nothing of the picture would be learned")
             if bucket == sample.buckets[0] and pixels.digest != sample.digest:
-                raise DataError("it has changed since it was looked at", hint="start again")
+                again = f"start again; if it comes back, delete the scan index, `{default_index_path()}`"
+                raise DataError("it has changed since it was looked at", hint=again)
         except DataError as error:
             raise DataError(f"{file}: {error.message}", hint=error.hint) from None
-        decoded.append(_Decoded(path, sample, bucket, pixels.rgb_HW3, pixels.mask_HW))
+        if bucket in paths:
+            decoded.append(_Decoded(paths[bucket], sample, bucket, pixels.rgb_HW3, pixels.mask_HW))
     return decoded
 
 
@@ -385,7 +395,7 @@ def read_entry(path: Path) -> Entry:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         if header["__metadata__"]["sha256"] == _sha256(entry):
             return entry
-    except (OSError, SafetensorError, ValueError, KeyError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         pass
     raise StorageError(
         f"the cache entry `{path}` is missing or damaged",
@@ -483,7 +493,9 @@ def verify_cache(folder: Path, *, remove: bool = False, now: Callable[[], float]
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise StorageError(f"cannot delete `{path}`: {error.strerror or error}") from error
+                raise StorageError(
+                    f"cannot delete `{path}`: {error.strerror or error}", hint="delete it by hand, and start again"
+                ) from error
     return VerifyResult(len(entries), tuple(damaged), tuple(stray), remove)
 
 

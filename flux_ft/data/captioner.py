@@ -29,14 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flux_ft import log
-from flux_ft.config import CaptionerConfig
+from flux_ft.config import HUB_PREFIX, CaptionerConfig
 from flux_ft.data.captions import Mode, tidy
 from flux_ft.data.captions_file import AUTO, CAPTIONS_FILE, CaptionRow, appending, read_captions
+from flux_ft.data.folder import FolderSource
 from flux_ft.data.images import load_picture
-from flux_ft.data.sources import FolderSource
-from flux_ft.errors import DataError
+from flux_ft.errors import DataError, first_line
 from flux_ft.files import write_whole
-from flux_ft.types import Bucket, Decoding, Sample
+from flux_ft.types import Bucket, Decoding, Sample, Source
 
 QWEN = "Qwen/Qwen3-VL-4B-Instruct"
 """Apache-2.0; 8.9 GB of weights in bfloat16."""
@@ -72,8 +72,6 @@ INSTRUCTIONS: Mapping[Mode, str] = {
 }
 """What a model that takes instructions is asked. What a caption leaves out is what the trigger word comes to mean."""
 
-_AS_IT_IS = Decoding()
-
 
 class CaptionerUnavailable(DataError):
     """None of the models that `captioner.model: auto` stands for can be had here; plain captions are the way on."""
@@ -108,7 +106,7 @@ def describe(
     mode: Mode,
     folder: Path,
     device: torch.device | str | None = None,
-    decoding: Decoding = _AS_IT_IS,
+    decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
 ) -> int:
     """Write captions for those of `samples` that have none in the run folder's captions.jsonl; returns how many.
 
@@ -118,7 +116,11 @@ def describe(
     read, or when memory does not do for one picture; StorageError.
     """
     known = read_captions(folder, config.model, mode)
-    waiting = list({one.digest: one for one in reversed(samples) if one.digest not in known}.values())[::-1]
+    first: dict[str, Sample] = {}
+    for one in samples:
+        if one.content_digest not in known:
+            first.setdefault(one.content_digest, one)
+    waiting = list(first.values())  # in the samples' order: a stream is read forwards
     if waiting:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         captioner = _open(config, mode, device)
@@ -127,7 +129,7 @@ def describe(
         with appending(folder) as append, log.progress("describe pictures", len(waiting)) as bar:
             for batch, captions in _described(captioner, waiting, config.batch_size, decoding):
                 for sample, caption in zip(batch, captions, strict=True):
-                    append(CaptionRow(sample.digest, sample.file.name, caption, captioner.name, mode))
+                    append(CaptionRow(sample.content_digest, sample.file.name, caption, captioner.name, mode))
                     empty += not caption
                 bar.advance(len(batch))
         if empty:
@@ -221,7 +223,7 @@ def load_captioner(source: str, mode: Mode, max_tokens: int, device: torch.devic
     except DataError as error:
         raise DataError(f"captioner {source}: {error.message}", hint=error.hint) from error
     except Exception as error:  # a folder can be broken in any way, and each of its parts has errors of its own
-        reason = "there is not enough memory for it" if _out_of_memory(error) else _first_line(error)
+        reason = "there is not enough memory for it" if _out_of_memory(error) else first_line(error)
         raise DataError(f"captioner {source}: cannot be loaded: {reason}", hint=_WAY_OUT) from error
 
 
@@ -295,7 +297,7 @@ def _fetched(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=_FILES))
     except Exception as error:  # the Hub's client lets through its transport's own, whose classes change
         raise DataError(
-            f"could not be fetched: {_first_line(error)}",
+            f"could not be fetched: {first_line(error)}",
             hint="check the name and the network; or fetch it elsewhere with `hf download` and give the folder as "
             f"`captioner.model`; or {_NO_MODEL}",
         ) from error
@@ -371,7 +373,7 @@ def _described(
         except Exception as error:  # whatever somebody else's model does with somebody's pictures
             if not _out_of_memory(error):
                 raise DataError(
-                    f"captioner {captioner.name}: failed on {batch[0].file}: {_first_line(error)}", hint=_WAY_OUT
+                    f"captioner {captioner.name}: failed on {batch[0].file}: {first_line(error)}", hint=_WAY_OUT
                 ) from error
             captions = []
         if captions:
@@ -399,12 +401,9 @@ def _load(sample: Sample, decoding: Decoding) -> NDArray[np.uint8]:
 
 def _write_beside(samples: Sequence[Sample], captions: Mapping[str, str]) -> None:
     """Each caption as a .txt beside its picture, where there is none yet and the picture lies in a folder."""
-    described = [one for one in samples if captions.get(one.digest)]
-    pictures = {
-        Path(one.file.source.identity, one.file.name): captions[one.digest]
-        for one in described
-        if isinstance(one.file.source, FolderSource)
-    }
+    described = [one for one in samples if captions.get(one.content_digest)]
+    in_folders = [one for one in described if _lies_in_folder(one.file.source)]
+    pictures = {Path(one.file.source.identity, one.file.name): captions[one.content_digest] for one in in_folders}
     sharing = Counter(picture.with_suffix(".txt") for picture in pictures)
     written = 0
     for picture, caption in pictures.items():
@@ -415,10 +414,15 @@ def _write_beside(samples: Sequence[Sample], captions: Mapping[str, str]) -> Non
             written += 1
     if written:
         log.say(f"wrote {written} captions beside their pictures")
-    if elsewhere := sum(not isinstance(one.file.source, FolderSource) for one in described):
+    if elsewhere := len(described) - len(in_folders):
         log.warn(f"{elsewhere} captions are in {CAPTIONS_FILE} alone: their pictures do not lie in a folder of files")
     if shared := sum(count for count in sharing.values() if count > 1):
         log.warn(f"{shared} captions are in {CAPTIONS_FILE} alone: their pictures would share one .txt")
+
+
+def _lies_in_folder(source: Source) -> bool:
+    """Pictures on the Hub are read as a folder as well, but that one is the Hub's cache."""
+    return isinstance(source, FolderSource) and not source.label.startswith(HUB_PREFIX)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -436,7 +440,3 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

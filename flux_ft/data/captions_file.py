@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class CaptionRow:
     """One picture's description."""
 
     digest: str
-    """Of the picture's pixels, as in `Sample.digest`: a picture may be moved and keeps its caption."""
+    """Of the picture's file, as in `Sample.content_digest`: moved, masked or trained at other sizes, it keeps its
+    caption."""
     name: str
     """For people; nothing is found by it."""
     caption: str
@@ -61,7 +62,8 @@ def appending(folder: Path) -> Iterator[Callable[[CaptionRow], None]]:
             file.seek(0)
             data = file.read()
             kept = _without_torn_row(data)
-            file.truncate(len(kept))
+            if len(kept) < len(data):  # otherwise leave what another process may have added meanwhile
+                file.truncate(len(kept))
             if kept and not kept.endswith(b"\n"):
                 file.write(b"\n")
 
@@ -69,8 +71,13 @@ def appending(folder: Path) -> Iterator[Callable[[CaptionRow], None]]:
             # A file name may be no text at all; here it only has to be recognised.
             line = json.dumps(asdict(row), ensure_ascii=False).encode(errors="replace")
             with _storing(path):
-                file.write(line + b"\n")
-                file.flush()
+                try:
+                    file.write(line + b"\n")
+                    file.flush()
+                except OSError:
+                    with suppress(OSError):  # closing tries again to write what is left, and would fail without a name
+                        file.close()
+                    raise
 
         yield append
 
@@ -91,7 +98,7 @@ def _rows(path: Path) -> Iterator[CaptionRow]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DataError(f"`{path}` cannot be read: {error.strerror or error}") from error
+        raise DataError(f"`{path}` cannot be read: {error.strerror or error}", hint="mend or remove it") from error
     # Split as bytes: a caption may hold characters that str.splitlines takes for line ends.
     for number, line in enumerate(_without_torn_row(data.removeprefix(b"\xef\xbb\xbf")).split(b"\n"), start=1):
         if line.strip():

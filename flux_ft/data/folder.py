@@ -12,6 +12,10 @@ from flux_ft.types import FoundFile
 
 MAX_FILE_BYTES = 256 * 2**20
 """Largest file that is read; a picture of 89 megapixels, the most that is decoded, has as much uncompressed."""
+PICTURE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".jfif", ".jpe"))
+"""Of names, where the content can't be asked."""
+RUN_FILES = ("run.yaml", "metrics.jsonl")
+"""Both are in a folder that was trained in: with the pictures of a run below its data, each start would find others."""
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 ARCHIVE_ENDINGS = (".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".cbz", ".cbr")
 
@@ -146,4 +150,6 @@ def _why_not_entered(entry: os.DirEntry[str]) -> str | None:
     # A link can lead round in a circle; Windows has a second kind, which Python 3.11 does not take for one.
     if entry.is_symlink() or getattr(entry.stat(follow_symlinks=False), "st_reparse_tag", 0) == _WINDOWS_JUNCTION:
         return "link to a folder, not followed"
+    if all(os.path.isfile(os.path.join(entry.path, name)) for name in RUN_FILES):
+        return "folder of a run, not entered"
     return None

@@ -33,17 +33,15 @@ from typing import TYPE_CHECKING, Any
 
 from flux_ft import log
 from flux_ft.config import HUB_PREFIX, SourceConfig
-from flux_ft.data.folder import MAX_FILE_BYTES, FolderSource, stat_stamp
-from flux_ft.errors import DataError, FluxFTError, StorageError
+from flux_ft.data.captions import CAPTION_COLUMNS
+from flux_ft.data.folder import MAX_FILE_BYTES, PICTURE_ENDINGS, FolderSource, stat_stamp
+from flux_ft.errors import DataError, FluxFTError, StorageError, first_line
 from flux_ft.types import FoundFile, Source
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-"""Where captions are looked for, in this order."""
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 TABLE_ENDINGS = (".parquet", ".arrow", ".tar", ".zip")
 """Files that a repository has either of: pictures themselves, or tables and archives with pictures inside."""
 ROWS_AT_ONCE = 64
@@ -275,7 +273,7 @@ def _open_hub(config: SourceConfig) -> Source:
     if not subset and not config.streaming and config.limit is None:
         folder = _fetch_folder(repo, snapshot, config)
         if folder is not None:
-            return FolderSource(folder, config.path)
+            return FolderSource(folder, _label(config))
     commit = snapshot.name
     # A commit never changes: what was prepared of it before needs no more questions to the Hub.
     builder = _prepared(repo, commit, subset or "default")
@@ -390,7 +388,7 @@ def _from_builder(builder: datasets.DatasetBuilder, config: SourceConfig, place:
     rows = builder.as_streaming_dataset(split=config.split).decode(False)
     columns = _columns(rows.features or {}, config)
     identity = f"{place} {config.split} {columns.image}"
-    return StreamSource(config.path, identity, rows.select_columns(columns.names), columns, reach, config.limit)
+    return StreamSource(_label(config), identity, rows.select_columns(columns.names), columns, reach, config.limit)
 
 
 def _table_source(rows: datasets.Dataset, config: SourceConfig, place: str, reach: Reach) -> Source:
@@ -402,7 +400,14 @@ def _table_source(rows: datasets.Dataset, config: SourceConfig, place: str, reac
     version = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     arrow = rows.with_format("arrow", columns=columns.names)
     identity = f"{place} {config.split} {columns.image}"
-    return TableSource(config.path, identity, arrow, columns, reach, version, config.limit)
+    return TableSource(_label(config), identity, arrow, columns, reach, version, config.limit)
+
+
+def _label(config: SourceConfig) -> str:
+    """The path; and what else is chosen, since two splits or columns of one dataset are two sources."""
+    chosen = [f"split {config.split}"] if config.split != SourceConfig.model_fields["split"].default else []
+    chosen += [f"column {config.image_column}"] if config.image_column is not None else []
+    return f"{config.path} ({', '.join(chosen)})" if chosen else config.path
 
 
 def _prepare(builder: datasets.DatasetBuilder, config: SourceConfig) -> None:
@@ -518,7 +523,7 @@ def _reading() -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # the library lets through what its many readers raise
-        raise DataError(f"cannot be read: {_first_line(error)}") from error
+        raise DataError(f"cannot be read: {first_line(error)}") from error
 
 
 @contextmanager
@@ -529,7 +534,7 @@ def _told_of(label: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"`{label}` cannot be read on: {_first_line(error)}") from error
+        raise DataError(f"`{label}` cannot be read on: {first_line(error)}") from error
 
 
 @contextmanager
@@ -585,7 +590,7 @@ def _explained(error: Exception, config: SourceConfig) -> FluxFTError:
     # The library wraps what went wrong while it prepared a dataset.
     if isinstance(error, ours.DatasetGenerationError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    label, text = f"`{config.path}`", _first_line(error)
+    label, text = f"`{config.path}`", first_line(error)
     if isinstance(error, OSError) and (error.errno == errno.ENOSPC or "Not enough disk space" in text):
         return StorageError(
             f"there is no room on the disk to copy {label} into the cache",
@@ -636,9 +641,3 @@ def _explained(error: Exception, config: SourceConfig) -> FluxFTError:
 def _choose_subset(label: str, subsets: list[str]) -> DataError:
     known = f": it has {_listed(subsets)}" if subsets else ""
     return DataError(f"`{label}` needs the name of one of its subsets{known}", hint="write hf:owner/name:subset")
-
-
-def _first_line(error: BaseException) -> str:
-    """The gist of a message, which in these libraries may go on for pages."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

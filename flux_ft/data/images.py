@@ -323,7 +323,7 @@ def _require_same_aspect(mask_px: Size, picture_px: Size) -> None:
 
 @contextmanager
 def _scaler(image: ImageFile, data: bytes, size: Size, box: Box, *, alpha_apart: bool) -> Iterator[Scale]:
-    """What scales parts of the decoded picture; `box` to `size` is the least reduction that will be asked for.
+    """What scales parts of the decoded picture; the reduction of `box` to `size` says how much of a JPEG is decoded.
 
     With `alpha_apart` colours are not weighted by how opaque they are.
     """

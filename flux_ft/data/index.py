@@ -13,6 +13,7 @@ import re
 import sqlite3
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ LARGEST_BYTES = 1 << 30
 SETTLED_NS = 2_000_000_000
 """FAT, the coarsest clock among file systems, counts times in 2 s."""
 
-_OURS, _LAYOUT = 0x666C7578, 1
+_OURS, _LAYOUT = 0x666C7578, 2
+_COLUMNS = "key, used, facts, thumbnail, crc"
 _BATCH = 200
 _BUSY_S = 5.0
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _STAMP = re.compile(r"\d+:(-?\d+):(-?\d+):\d+")
 _T = TypeVar("_T")
-_Row = tuple[str, int, str, bytes | None]
+_Row = tuple[str, int, str, bytes | None, int]
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class ScanIndex:
         for start in range(0, len(rest), _BATCH):
             rows += self._ask(partial(_select, keys=rest[start : start + _BATCH])) or []
         found = {}
-        for key, used, facts, thumbnail in rows:
-            with suppress(ValueError, RecursionError):
+        for key, used, facts, thumbnail, checksum in rows:
+            with suppress(TypeError, ValueError, RecursionError):
+                if _checksum(key, facts, thumbnail) != checksum:
+                    continue
                 found[key] = Entry(json.loads(facts), thumbnail)
                 if used != self._today:
                     self._asked.add(key)
@@ -88,7 +92,8 @@ class ScanIndex:
 
     def put(self, key: str, entry: Entry) -> None:
         """Remember `entry` in place of a former one. Raises TypeError for facts that JSON does not have."""
-        self._new[key] = (key, self._today, json.dumps(entry.facts), entry.thumbnail)
+        facts = json.dumps(entry.facts)
+        self._new[key] = (key, self._today, facts, entry.thumbnail, _checksum(key, facts, entry.thumbnail))
         if len(self._new) >= _BATCH:
             self._write()
 
@@ -111,7 +116,7 @@ class ScanIndex:
 
         def store(db: sqlite3.Connection) -> bool:
             with db:
-                db.executemany("INSERT OR REPLACE INTO files (key, used, facts, thumbnail) VALUES (?, ?, ?, ?)", rows)
+                db.executemany(f"INSERT OR REPLACE INTO files ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)", rows)
                 db.executemany("UPDATE files SET used = ? WHERE key = ?", asked)
                 if last:
                     db.execute("DELETE FROM files WHERE used < ?", (self._today - DAYS_KEPT,))
@@ -216,7 +221,7 @@ def _connect(path: Path | None) -> sqlite3.Connection | None:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 if not _is_ours(db):  # another process may have been faster
-                    db.execute("CREATE TABLE files (key TEXT PRIMARY KEY, used INTEGER, facts TEXT, thumbnail BLOB)")
+                    db.execute(f"CREATE TABLE files ({_COLUMNS}, PRIMARY KEY (key))")
                     db.execute("CREATE INDEX files_by_use ON files (used)")
                     db.execute(f"PRAGMA application_id = {_OURS}")
                     db.execute(f"PRAGMA user_version = {_LAYOUT}")
@@ -236,9 +241,14 @@ def _is_ours(db: sqlite3.Connection) -> bool:
     return False
 
 
+def _checksum(key: str, facts: str, thumbnail: bytes | None) -> int:
+    """SQLite keeps none, and takes flipped bits for what was written. Raises TypeError for values of other kinds."""
+    return zlib.crc32(thumbnail or b"", zlib.crc32(f"{key};{facts};".encode()))
+
+
 def _select(db: sqlite3.Connection, keys: Sequence[str]) -> list[_Row]:
     marks = ",".join("?" * len(keys))
-    return db.execute(f"SELECT key, used, facts, thumbnail FROM files WHERE key IN ({marks})", keys).fetchall()
+    return db.execute(f"SELECT {_COLUMNS} FROM files WHERE key IN ({marks})", keys).fetchall()
 
 
 def _shrink(db: sqlite3.Connection, largest_bytes: int) -> None:

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
+from typing import Literal
 
 from flux_ft import log
 from flux_ft.config import DataConfig, SourceConfig
 from flux_ft.data.buckets import bucket_for, crop_loss
-from flux_ft.data.captions import Mode, bare_caption, names_trigger, place_trigger, read_metadata
-from flux_ft.data.folder import hidden_reason
+from flux_ft.data.captions import Mode, bare_caption, names_trigger, place_trigger, read_metadata, tidy
+from flux_ft.data.folder import PICTURE_ENDINGS, hidden_reason
 from flux_ft.data.images import load_mask, load_picture, read_header
 from flux_ft.data.index import Entry, ScanIndex, is_settled, scan_key
 from flux_ft.data.parallel import ordered_map, usable_cpus
@@ -31,6 +34,7 @@ from flux_ft.data.sources import open_source
 from flux_ft.errors import DataError
 from flux_ft.types import (
     Bucket,
+    CaptionCounter,
     CaptionSource,
     DatasetReport,
     Decoding,
@@ -44,14 +48,14 @@ from flux_ft.types import (
     TokenCount,
 )
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Raise it when the same file would be scanned to other results: the index then forgets what it knows."""
+DECODERS = ("pillow", "simplejpeg", "cykooz.resizer")
+"""Another version of one of these may give other pixels, and another digest, for the same file."""
 CAPTION_ENDINGS: tuple[tuple[str, CaptionSource], ...] = ((".txt", "txt"), (".caption", "caption"))
 """Caption files, the one that wins first."""
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MASK_SUFFIX = "_mask"
-PICTURE_ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".avif", ".heic", ".heif", ".jfif", ".jpe"))
-"""What `on_bad: stop` takes for a picture when its content no longer tells."""
 LARGEST_CAPTION_BYTES = 100_000
 THUMBNAIL_PX = 224
 THUMBNAILS_AT_MOST = 300
@@ -61,8 +65,10 @@ BAR_FROM = 50
 """Sets smaller than this are scanned too fast for a progress bar."""
 NAMED_AT_MOST = 5
 """How many files a message names before it only counts them."""
+FEW_PIXELS = 500_000
+"""Pictures of no more are measured one at a time: numpy's steps are then too short for threads to share."""
 
-CaptionCounter = Callable[[Sequence[str]], list[tuple[TokenCount, ...]]]
+_one_small = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,10 @@ class Wording:
     trigger_word: str
     mode: Mode
     captioned: Mapping[str, str] = field(default_factory=dict)
-    """What a captioner said before, by the picture's digest."""
+    """What a captioner said before, by the content of the picture's file."""
     count_tokens: CaptionCounter | None = None
     captioner_follows: bool = False
-    """Pictures without a caption are to be described later, so that theirs is no cause for a warning."""
+    """Pictures without a caption are to be described later."""
 
 
 def ingest(
@@ -194,8 +200,8 @@ def _ingest_source(
                 raise _stopped(file, error.message) from None
             skipped.append(Skipped(file, error.message))
             continue
-        if caption_source == "trigger" and wording.captioned.get(result.digest):
-            words, caption_source = wording.captioned[result.digest], "captioner"
+        if caption_source == "trigger" and wording.captioned.get(result.content_digest):
+            words, caption_source = wording.captioned[result.content_digest], "captioner"
         if caption_source not in ("trigger", "captioner"):
             naming += names_trigger(words, wording.trigger_word)
         mask = listing.masks.get(_stem(found.name))
@@ -207,6 +213,7 @@ def _ingest_source(
                 width_px=result.width_px,
                 height_px=result.height_px,
                 digest=result.digest,
+                content_digest=result.content_digest,
                 buckets=result.buckets,
                 signals=result.signals,
                 mask=SourceFile(source, mask) if mask else None,
@@ -220,15 +227,24 @@ def _ingest_source(
     used_stems: dict[str, list[str]] = {}
     for sample in samples:
         used_stems.setdefault(_stem(sample.file.name), []).append(sample.file.name)
-    for name, role, stem in [*captions.files(), *((name, "mask", stem) for stem, name in listing.masks.items())]:
+    picture_stems = {_stem(found.name) for found in listing.pictures}
+    beside: list[tuple[str, Literal["caption", "mask"], str, bool]] = [
+        *((name, "caption", stem, wins) for name, stem, wins in captions.files()),
+        *((name, "mask", stem, True) for stem, name in listing.masks.items()),
+    ]
+    for name, role, stem, wins in beside:
         file = SourceFile(source, name)
-        if stem in used_stems and captions.wins(name):
-            side_files.append(SideFile(file, role, f"{role} of {', '.join(used_stems[stem])}"))  # type: ignore[arg-type]
+        if stem in used_stems and wins:
+            side_files.append(SideFile(file, role, f"{role} of {', '.join(used_stems[stem])}"))
         else:
-            skipped.append(Skipped(file, _why_unused(role, stem, stem in used_stems, listing)))
+            skipped.append(Skipped(file, _why_unused(role, stem in used_stems, stem in picture_stems)))
     for name in listing.metadata:
         used, missing = captions.metadata_use(name, {sample.file.name for sample in samples})
-        side_files.append(SideFile(SourceFile(source, name), "metadata", f"captions of {used} pictures"))
+        side_files.append(
+            SideFile(
+                SourceFile(source, name), "metadata", f"captions of {used} {'picture' if used == 1 else 'pictures'}"
+            )
+        )
         if missing:
             warnings.append(f"{name} has captions for files that are not there or not used: {_some(missing)}")
     orphans = [one.file.name for one in skipped if one.reason == ORPHAN]
@@ -253,6 +269,9 @@ def _sort_out(files: Iterator[FoundFile], *, masks: bool) -> _Listing:
         elif path.name.lower() in METADATA_NAMES:
             listing.metadata.append(found.name)
         elif ending in listing.captions:
+            former = listing.captions[ending].get(_stem(found.name))
+            if former is not None:  # on a file system that tells `cat.TXT` from `cat.txt`
+                listing.skipped.append(FoundFile(former, skip=f"{path.name} wins"))
             listing.captions[ending][_stem(found.name)] = found.name
         else:
             candidates.append(found)
@@ -260,15 +279,18 @@ def _sort_out(files: Iterator[FoundFile], *, masks: bool) -> _Listing:
     for found in candidates:
         stem = _stem(found.name)
         of = stem.removesuffix(MASK_SUFFIX)
-        if masks and of != stem and of in stems and of not in listing.masks:
-            listing.masks[of] = found.name
-        else:
+        if not masks or of == stem or of not in stems:
             listing.pictures.append(found)
+        elif of in listing.masks:
+            first = PurePosixPath(listing.masks[of]).name
+            listing.skipped.append(replace(found, skip=f"{first} is the mask already"))
+        else:
+            listing.masks[of] = found.name
     return listing
 
 
 def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
+    return posixpath.splitext(name)[0]  # asked seven times a file: pathlib would take half of a second scan's time
 
 
 def _skipped_by_listing(source: Source, found: FoundFile) -> Skipped:
@@ -293,6 +315,7 @@ class _Scan:
     width_px: int
     height_px: int
     digest: str
+    content_digest: str
     buckets: tuple[Bucket, ...]
     signals: Signals
     masked: bool
@@ -321,7 +344,7 @@ def _scan_all(
 ) -> Iterator[tuple[FoundFile, _Scan | str]]:  # fmt: skip
     """Each file with what its pixels told, or with the reason why it can't be used; in the order of `files`."""
     stamps = {} if source.rows else _mask_stamps(source, masks)
-    rule = json.dumps([SCAN_VERSION, asdict(rules), THUMBNAIL_PX])
+    rule = json.dumps([SCAN_VERSION, [_version(name) for name in DECODERS], asdict(rules), THUMBNAIL_PX])
 
     def jobs() -> Iterator[_Job]:
         for found in files:
@@ -360,13 +383,20 @@ def _scan_all(
             return job, error.message
 
     workers = usable_cpus()
-    with log.progress("scan pictures", total) if total and total >= BAR_FROM else nullcontext() as bar:
+    with log.progress("scan pictures", total) if total is None or total >= BAR_FROM else nullcontext() as bar:
         for job, result in ordered_map(work, jobs(), workers, 2 * workers):
             if job.key is not None and job.known is None and job.settled:
                 index.put(job.key, _as_entry(result))
             if bar:
                 bar.advance()
             yield job.found, result
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # not every machine has a wheel of each
+        return ""
 
 
 def _sha256(data: bytes) -> str:
@@ -383,21 +413,36 @@ def _mask_stamps(source: Source, masks: Mapping[str, str]) -> dict[str, str]:
 def _scan(data: bytes, mask: bytes | None, rules: Rules) -> _Scan:
     """Decode one picture, and its mask, as training will. Raises DataError with the reason."""
     header = read_header(data)
-    sizes = [bucket_for(header.width_px, header.height_px, area, rules.multiple) for area in rules.areas]
-    buckets = tuple(dict.fromkeys(sizes))
+    size = header.width_px, header.height_px
+    buckets = tuple(dict.fromkeys(bucket_for(*size, area, rules.multiple) for area in rules.areas))
     pixels = load_picture(data, buckets[0], rules.decoding, THUMBNAIL_PX)
     if mask is not None:
         try:
-            weights = load_mask(mask, (header.width_px, header.height_px), buckets[0])
+            weights = load_mask(mask, size, buckets[0])
         except DataError as error:
             raise DataError(f"its mask can't be used: {error.message}") from None
         pixels = replace(pixels, mask_HW=weights)
-    if pixels.mask_HW is not None and not pixels.mask_HW.any():
-        raise DataError("its mask is black everywhere, so nothing of it would be learned")
+    if pixels.mask_HW is not None and pixels.mask_HW.mean() < 1:
+        _require_weight(data, mask, size, buckets, rules)
+    # Threads with few pixels hand the interpreter to and fro at every step: four of them took 2.5 times as long as one.
+    with _one_small if buckets[0].width_px * buckets[0].height_px <= FEW_PIXELS else nullcontext():
+        signals = measure_signals(pixels.rgb_HW3)
     return _Scan(
-        header.width_px, header.height_px, pixels.digest, buckets, measure_signals(pixels.rgb_HW3),
+        header.width_px, header.height_px, pixels.digest, _sha256(data), buckets, signals,
         pixels.mask_HW is not None, header.format, header.notes, pixels.thumbnail,
     )  # fmt: skip
+
+
+def _require_weight(
+    data: bytes, mask: bytes | None, size: tuple[int, int], buckets: Sequence[Bucket], rules: Rules
+) -> None:
+    """Raises DataError when of a small or faint mask nothing is left at one of the sizes."""
+    for bucket in buckets:
+        mask_HW = load_mask(mask, size, bucket) if mask else load_picture(data, bucket, rules.decoding).mask_HW
+        if mask_HW is None or mask_HW.any():
+            continue
+        at = "" if bucket == buckets[0] else f" at {bucket.width_px} × {bucket.height_px} px"
+        raise DataError(f"its mask is black everywhere{at}, so nothing of it would be learned")
 
 
 def _as_entry(result: _Scan | str) -> Entry:
@@ -412,7 +457,8 @@ def _from_entry(entry: Entry) -> _Scan | str:
     if "reason" in facts:
         return str(facts["reason"])
     return _Scan(
-        facts["width_px"], facts["height_px"], facts["digest"], tuple(Bucket(**one) for one in facts["buckets"]),
+        facts["width_px"], facts["height_px"], facts["digest"], facts["content_digest"],
+        tuple(Bucket(**one) for one in facts["buckets"]),
         Signals(**facts["signals"]), facts["masked"], facts["format"], tuple(facts["notes"]), entry.thumbnail,
     )  # fmt: skip
 
@@ -475,14 +521,12 @@ class _Captions:
         except UnicodeDecodeError:
             raise DataError(f"its caption `{name}` is not UTF-8 text; save it as UTF-8") from None
 
-    def files(self) -> list[tuple[str, str, str]]:
-        """(name, role, stem of its picture) of every caption file."""
-        return [(name, "caption", stem) for kind in self._listing.captions.values() for stem, name in kind.items()]
-
-    def wins(self, name: str) -> bool:
-        """False for a `.caption` that lies beside a `.txt` of the same stem."""
-        first, *rest = (self._listing.captions.get(ending, {}) for ending, _ in CAPTION_ENDINGS)
-        return not any(name in kind.values() for kind in rest) or _stem(name) not in first
+    def files(self) -> Iterator[tuple[str, str, bool]]:
+        """(name, stem of its picture, whether it wins) of every caption file; a `.caption` beside a `.txt` does not."""
+        taken: set[str] = set()
+        for kind in self._listing.captions.values():
+            yield from ((name, stem, stem not in taken) for stem, name in kind.items())
+            taken |= kind.keys()
 
     def metadata_use(self, name: str, pictures: set[str]) -> tuple[int, list[str]]:
         """How many pictures the rows of one metadata file fit, and the rows that fit none."""
@@ -496,12 +540,12 @@ def _final_caption(words: str, caption_source: CaptionSource, wording: Wording) 
     return place_trigger(words, wording.trigger_word)
 
 
-def _why_unused(role: str, stem: str, picture_used: bool, listing: _Listing) -> str:
+def _why_unused(role: str, picture_used: bool, picture_found: bool) -> str:
     if picture_used:
         return "a .txt of the same name wins"
-    if any(_stem(found.name) == stem for found in listing.pictures):
+    if picture_found:
         return f"{role} of a picture that is skipped"
-    return ORPHAN
+    return "mask of a mask" if role == "mask" else ORPHAN
 
 
 def _with_tokens(samples: list[Sample], count: CaptionCounter | None) -> list[Sample]:
@@ -543,14 +587,21 @@ def _caption_warnings(samples: Sequence[Sample], wording: Wording, naming: int) 
     found = []
     given = [sample for sample in samples if sample.caption_source not in ("trigger", "captioner")]
     bare = sum(sample.caption_source == "trigger" for sample in samples)
-    if bare and not wording.captioner_follows:
+    if bare:
         words = bare_caption(wording.trigger_word, wording.mode)
-        found.append(f'{bare} of {len(samples)} pictures have no caption; theirs is "{words}"')
-    if given and wording.trigger_word and not naming:
+        theirs = f'theirs is "{words}"'
+        later = ": the captioner writes them when training starts, or `flux-ft caption` now; where it can't, "
+        yet, how = (" yet", later) if wording.captioner_follows else ("", "; ")
+        found.append(f"{bare:,} of {len(samples):,} pictures have no caption{yet}{how}{theirs}")
+    if given and tidy(wording.trigger_word) and not naming:
         found.append(f"no given caption names the trigger word `{wording.trigger_word}`; it is put in front of each")
-    long = Counter(count.encoder for one in samples for count in one.tokens if count.tokens > count.limit)
-    for encoder, number in long.items():
-        found.append(f"{number} captions are longer than {encoder.upper()} reads; see the report")
+    long: dict[tuple[str, int], list[str]] = {}
+    for sample in samples:
+        for count in sample.tokens:
+            if count.tokens > count.limit:
+                long.setdefault((count.encoder, count.limit), []).append(sample.file.name)
+    for (encoder, limit), names in long.items():
+        found.append(f"captions longer than the {limit} tokens that {encoder.upper()} reads: {_some(names)}")
     return found
 
 
@@ -571,4 +622,4 @@ def _nothing_usable(labels: Sequence[str], skipped: Sequence[Skipped]) -> DataEr
 
 def _some(names: Sequence[str]) -> str:
     named = ", ".join(names[:NAMED_AT_MOST])
-    return f"{named} and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else named
+    return f"{named} and {len(names) - NAMED_AT_MOST:,} more" if len(names) > NAMED_AT_MOST else named

@@ -32,6 +32,8 @@ ROW_CHARS = 200
 """Of a text shown in one of the many plain rows, so that 20,000 pictures stay a page that opens."""
 GROUP_PICTURES = 24
 """Pictures of one group of look-alikes shown side by side."""
+GROUPS_SHOWN = 12
+"""Groups of look-alikes before the rest is folded away."""
 SIZES_SHOWN = 12
 """Training sizes before the rest is folded away."""
 FILES_OPEN = 40
@@ -176,7 +178,8 @@ def _html_pieces(report: DatasetReport, trigger_word: str) -> Iterator[str]:
         f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     )
     head, _, foot = page.partition("<!-- body -->")
-    title = f"Data report: {_count(len(report.samples), 'picture')} used, {_count(len(report.skipped), 'file')} skipped"
+    left_out = sum(not one.ignored for one in report.skipped)
+    title = f"Data report: {_count(len(report.samples), 'picture')} used, {_count(left_out, 'file')} skipped"
     yield Template(head).substitute(policy=policy, title=title)
     yield _header(report, trigger_word)
     yield _bar(report)
@@ -218,9 +221,11 @@ def _header(report: DatasetReport, trigger_word: str) -> str:
     else:
         heading = "There is no picture to train on"
     facts = [
-        f"{_count(counts['files'], 'file')} found, each told below",
+        f"{_count(counts['files'], 'file')} found, each listed below",
         f"{_count(counts['examples'], 'example')} in one pass, over all sizes and repeats",
-        f"transparency {'weights the loss' if report.decoding.alpha_is_mask else 'shows ' + _background(report)}",
+        "transparency weights the loss"
+        if report.decoding.alpha_is_mask
+        else f"transparent parts show {_background(report)}",
         *([f"trigger word <mark><bdi>{_text(trigger_word)}</bdi></mark>"] if trigger_word else []),
     ]
     return (
@@ -233,8 +238,8 @@ def _header(report: DatasetReport, trigger_word: str) -> str:
 def _bar(report: DatasetReport) -> str:
     kinds = [
         ("used", len(report.samples)),
-        ("warned", sum(_is_warned(sample) for sample in report.samples)),
-        ("skipped", len(report.skipped)),
+        ("warned", sum(bool(sample.warnings) for sample in report.samples)),
+        ("skipped", sum(not one.ignored for one in report.skipped)),
         ("look-alikes", len(_grouped(report))),
     ]
     buttons = "".join(
@@ -281,15 +286,16 @@ def _skipped(report: DatasetReport) -> Iterator[str]:
         return
     missed = [one for one in report.skipped if not one.ignored]
     ignored = [one for one in report.skipped if one.ignored]
-    yield f'<section id="skipped" data-block><h2>Skipped <small>{_count(len(report.skipped), "file")}</small></h2>\n'
+    total = f"{_count(len(missed), 'file')}{f', and {len(ignored):,} ignored' if ignored else ''}"
+    yield f'<section id="skipped" data-block><h2>Skipped <small>{total}</small></h2>\n'
     if missed:
         opened = ' open data-open="yes"' if len(missed) <= FILES_OPEN else ""
-        yield f"<details{opened}><summary>{len(missed):,} that could not be used</summary>"
+        yield f"<details{opened}><summary>{len(missed):,} could not be used</summary>"
         yield from _file_rows(((one, one.reason) for one in missed), report, "skipped", "bad")
         yield "</details>\n"
     if ignored:
-        yield f"<details><summary>{len(ignored):,} that never were pictures</summary>"
-        yield from _file_rows(((one, one.reason) for one in ignored), report, "skipped", "soft")
+        yield f"<details><summary>{len(ignored):,} ignored: hidden files, and what systems leave behind</summary>"
+        yield from _file_rows(((one, one.reason) for one in ignored), report, "ignored", "soft")
         yield "</details>\n"
     yield "</section>\n"
 
@@ -323,6 +329,9 @@ def _groups(report: DatasetReport) -> Iterator[str]:
         '<div class="groups">'
     )
     for number, group in enumerate(report.groups, 1):
+        if number == GROUPS_SHOWN + 1:
+            folded = _count(len(report.groups) - GROUPS_SHOWN, "more group")
+            yield f'</div><details><summary>{folded}</summary><div class="groups">'
         samples = [report.samples[index] for index in group]
         same = "the same picture" if len({sample.digest for sample in samples}) == 1 else "the same scene"
         shown = "".join(_member(index, report.samples[index]) for index in group[:GROUP_PICTURES])
@@ -332,7 +341,7 @@ def _groups(report: DatasetReport) -> Iterator[str]:
             f'<div class="group" id="g{number}" data-kind="look-alikes"><b>Group {number}</b> '
             f'<span class="soft">{same}, {len(group):,} times</span><ul>{shown}{more}</ul></div>\n'
         )
-    yield "</div></section>\n"
+    yield f"</div>{'</details>' if len(report.groups) > GROUPS_SHOWN else ''}</section>\n"
 
 
 def _member(index: int, sample: Sample) -> str:
@@ -435,7 +444,7 @@ def _sizes(sample: Sample) -> str:
     """The picture's own size, what its largest training size (the heading above it) cuts off, and the other sizes."""
     first, *others = sample.buckets
     loss = crop_loss(sample.width_px, sample.height_px, first)
-    cut = f"{loss:.1%} cropped" if loss else "nothing cropped"
+    cut = f"{loss:.1%} cropped" if loss else "uncropped"
     also = f"<br>also at {', '.join(map(_size, others))}" if others else ""
     return f"{_size(Bucket(sample.width_px, sample.height_px))}{_GAP}px, {cut}{also}"
 
@@ -459,12 +468,8 @@ def _warnings(sample: Sample) -> str:
     return f'<ul class="warns">{"".join(f"<li>{text}</li>" for text in words)}</ul>' if words else ""
 
 
-def _is_warned(sample: Sample) -> bool:
-    return bool(sample.warnings)
-
-
 def _kinds(sample: Sample, group: int | None) -> str:
-    return "used" + " warned" * _is_warned(sample) + " look-alikes" * (group is not None)
+    return "used" + " warned" * bool(sample.warnings) + " look-alikes" * (group is not None)
 
 
 def _grouped(report: DatasetReport) -> dict[int, int]:

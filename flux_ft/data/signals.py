@@ -85,7 +85,7 @@ def picture_warnings(signals: Signals, width_px: int, height_px: int, max_pixels
     if signals.sharpness < BLURRED_BELOW:
         found.append(_BLURRED)
     if signals.bright > BLOWN_ABOVE:
-        found.append(f"{100 * signals.bright:.0f} % of it is blown out to white, unless its background is meant to be")
+        found.append(f"{100 * signals.bright:.0f} % of it is blown out to white (fine if that is a backdrop)")
     if signals.dark > BLACK_ABOVE:
         found.append(f"{100 * signals.dark:.0f} % of it is almost black")
     return tuple(found)

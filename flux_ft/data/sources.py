@@ -10,16 +10,11 @@ import difflib
 import os
 import stat
 
-from flux_ft.config import HUB_PREFIX, SourceConfig
+from flux_ft.config import HUB_PREFIX, SAVED_DATASET_FILES, SourceConfig
 from flux_ft.data.archive import ZIP_STARTS, ZipSource
 from flux_ft.data.folder import FolderSource, is_archive, open_regular, why
 from flux_ft.errors import DataError
 from flux_ft.types import Source
-
-__all__ = ["FolderSource", "ZipSource", "open_source"]
-
-DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
-"""What `datasets` leaves in a folder that a dataset was saved in."""
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -52,7 +47,7 @@ def open_source(config: SourceConfig) -> Source:
 
 def _is_dataset(folder: str) -> bool:
     """Whether `datasets` made this folder: it says so, or nothing but parquet files is in it."""
-    if any(os.path.isfile(os.path.join(folder, name)) for name in DATASET_FILES):
+    if any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET_FILES):
         return True
     has_parquet = False
     for _, folders, names in os.walk(folder):

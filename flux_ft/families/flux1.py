@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flux_ft import flow
-from flux_ft.errors import ModelError
+from flux_ft.errors import ModelError, first_line
 from flux_ft.families import layout
 from flux_ft.families.base import Variant
+from flux_ft.families.tokens import CLIP_TOKENS
 from flux_ft.types import TextCond
-
-CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -196,14 +195,13 @@ def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = Non
     try:
         loaded = cls.from_pretrained(source, subfolder=subfolder, **options)
     except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(source).is_dir():
             raise ModelError(
-                f"{source}: `{subfolder}` could not be loaded: {first_line}",
+                f"{source}: `{subfolder}` could not be loaded: {first_line(error)}",
                 hint="the folder must be a whole FLUX.1 model in the diffusers layout, as `hf download` writes it",
             ) from error
         raise ModelError(
-            f"{source}: `{subfolder}` could not be fetched from the Hub: {first_line}",
+            f"{source}: `{subfolder}` could not be fetched from the Hub: {first_line(error)}",
             hint=f"accept the licence at https://huggingface.co/{source}, run `hf auth login`, and try again; "
             "or download the folder and give its path as `model`",
         ) from error

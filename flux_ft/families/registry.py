@@ -148,6 +148,7 @@ def _variant_of_folder(folder: Path) -> Variant:
         variant,
         architecture=FLUX_TINY.architecture,
         max_pixels=side * side,
+        training_sides_px=(side,),
         sample_size_px=side,
         max_text_tokens=FLUX_TINY.max_text_tokens,
         default_steps=FLUX_TINY.default_steps,
@@ -167,8 +168,10 @@ def _variant_of_file(path: Path, parts: str | None) -> Variant:
         pixel_multiple=sizes.pixel_multiple,
         latent_channels=sizes.latent_channels,
         max_pixels=sizes.max_pixels,
+        training_sides_px=sizes.training_sides_px,
         sample_size_px=sizes.sample_size_px,
         max_text_tokens=sizes.max_text_tokens,
+        free_captions=sizes.free_captions,
         default_steps=sizes.default_steps,
     )
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from flux_ft.families.base import Variant
-from flux_ft.types import TokenCount
+from flux_ft.types import CaptionCounter, TokenCount
 
 CLIP_TOKENS = 77
 """What CLIP's text encoder reads at most, its start and end marks included."""
-
-CaptionCounter = Callable[[Sequence[str]], list[tuple[TokenCount, ...]]]
 
 
 def caption_counter(variant: Variant, source: str) -> CaptionCounter | None:

@@ -42,19 +42,22 @@ def caption_run(config: RunConfig, device: str | None = None) -> Captioned:
     return Captioned(check_run(config), written)
 
 
-def with_captions(config: RunConfig, checked: Checked) -> Checked:
+def with_captions(config: RunConfig, checked: Checked, *, describes: bool = True) -> Checked:
     """The same run with what the captioner says, before training; as it is, with a warning, where none can be had.
+
+    Of several processes one `describes`, first; the others take what it wrote, so that all train on the same words.
 
     Raises DataError when a captioner that the run file names can't be used.
     """
     todo = uncaptioned(config, checked.variant, checked.report)
     if not todo:
         return checked
+    if not describes:
+        return check_run(config)
     try:
         describe(todo, config.captioner, config.mode, config.output_dir, decoding=checked.report.decoding)
     except CaptionerUnavailable as unavailable:
-        kept = f"{len(todo)} pictures keep the plain caption of `mode: {config.mode}`"
-        log.warn(f"{unavailable.message}; {kept}" + (f" ({unavailable.hint})" if unavailable.hint else ""))
+        log.warn(unavailable.message + (f" ({unavailable.hint})" if unavailable.hint else ""))
         return checked
     release_memory()
     return check_run(config)

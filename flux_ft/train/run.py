@@ -22,6 +22,7 @@ from flux_ft.adapters.formats import verify_written, write_adapter
 from flux_ft.adapters.metadata import ExportInfo, build_metadata
 from flux_ft.config import DataConfig, RunConfig
 from flux_ft.data.cache import verify_cache
+from flux_ft.data.folder import hidden_reason
 from flux_ft.data.report import write_report
 from flux_ft.errors import ConfigError, StoppedByUser, StorageError
 from flux_ft.families.base import Family
@@ -87,11 +88,10 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     folder = config.output_dir
     family = open_family(config.model, config.model_parts)
     accelerator = make_accelerator(config, folder)
-    if accelerator.is_main_process:
-        claim_folder(folder, resume)
+    claim_folder(folder, resume)  # in every process: one that waited for a refused one would die of it
     if not resume:  # a run goes on with the captions that it began with
         with accelerator.main_process_first():
-            checked = with_captions(config, checked)
+            checked = with_captions(config, checked, describes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     report = checked.report
     fingerprint = run_fingerprint(config, report, accelerator.num_processes)
@@ -170,7 +170,7 @@ def fill_cache(config: RunConfig) -> CacheState:
     accelerator = make_accelerator(config, config.output_dir)
     family = open_family(config.model, config.model_parts)
     with accelerator.main_process_first():
-        checked = with_captions(config, checked)
+        checked = with_captions(config, checked, describes=accelerator.is_main_process)
     before = {path.name for path in cache_files(folder)}
     prepare_data(config, checked.report, family, accelerator, folder)
     after = cache_files(folder)
@@ -200,26 +200,28 @@ def claim_folder(folder: Path, resume: bool) -> None:
         if not (folder / "run.yaml").is_file():
             raise ConfigError(f"`output: {folder}` holds no run to resume", hint="leave out --resume to start one")
         return
-    if folder.is_dir() and any(folder.iterdir()) and not only_the_cache(folder):
-        raise ConfigError(
-            f"`output: {folder}` holds something already",
-            hint="go on with it by --resume, or choose another folder, for example by `output=runs/another`",
-        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`output: {folder}` is a file", hint="choose another folder")
+    if folder.is_dir() and not only_the_cache(folder):
+        another = "choose another folder, for example by `output=runs/another`"
+        raise ConfigError(
+            f"`output: {folder}` holds something already",
+            hint=f"go on with it by --resume, or {another}" if (folder / "run.yaml").is_file() else another,
+        )
     require_writable(folder, "output")
 
 
 def only_the_cache(folder: Path) -> bool:
     """Whether an earlier start got no further than its first step, so that nothing can be lost.
 
-    Too little memory shows in the first step: the mended run must be able to start again.
+    Too little memory shows in the first step: the mended run must be able to start again. Hidden files do not count: a
+    kill leaves half-written ones, and file managers put down theirs.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if hidden_reason(path.name) is None}
     if not names <= {"cache", "captions.jsonl", "run.yaml", "report.json", "report.html", "metrics.jsonl", "previews"}:
         return False
     metrics, previews = folder / "metrics.jsonl", folder / "previews"
-    steps_done = metrics.is_file() and any('"loss"' in line for line in metrics.open(encoding="utf-8"))
+    steps_done = metrics.is_file() and b'"loss"' in metrics.read_bytes()
     return not steps_done and {path.name for path in previews.glob("*")} <= {"step-000000"}
 
 
@@ -240,7 +242,7 @@ def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
 def run_fingerprint(config: RunConfig, report: DatasetReport, world: int) -> dict[str, Any]:
     """What must not change between a stop and a resume: settings by dotted key, and what follows from several."""
     facts: dict[str, Any] = {
-        "data digest": data_digest(report),
+        "digest of all pictures, captions, repeats and weights": data_digest(report)[:16],
         "learning rate": config.resolved_learning_rate,
         "pictures per step": config.optim.batch_size * config.optim.accumulate * world,
     }

@@ -382,7 +382,8 @@ def test_original_to_diffusers_inverts(prefix: str) -> None:
 def test_a_single_file_takes_its_geometry_from_its_parts(single_files: dict[str, Path]) -> None:
     variant = open_family(str(single_files["original"]), str(TINY_FOLDER)).variant
     tiny = VARIANTS["flux-tiny"]
-    for field in ("latent_channels", "pixel_multiple", "max_pixels", "sample_size_px", "max_text_tokens"):
+    sizes = ("latent_channels", "pixel_multiple", "max_pixels", "training_sides_px", "sample_size_px")
+    for field in (*sizes, "max_text_tokens"):
         assert getattr(variant, field) == getattr(tiny, field), field
     assert variant.guidance_embedded
     assert not variant.distilled
@@ -392,6 +393,7 @@ def test_parts_may_be_a_variants_name(single_files: dict[str, Path]) -> None:
     family = open_family(str(single_files["original"]), "flux-tiny")
     assert family.load_denoiser(CPU, FP32) is not None
     assert family.variant.latent_channels == VARIANTS["flux-tiny"].latent_channels
+    assert not family.variant.free_captions
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])

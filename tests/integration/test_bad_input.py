@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from flux_ft.data import cache
+from flux_ft.train.run import claim_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -280,6 +281,24 @@ class TestDisk:
         (tmp_path / "out" / "letter.txt").write_text("something of mine")
         assert_refused(run_here(capsys, "train", run_file), "holds something already")
         assert set(hashes(tmp_path / "out")) == {"letter.txt"}
+
+    def test_output_that_holds_no_run_is_not_said_to_be_resumable(
+        self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "captions.jsonl~").touch()
+        done = run_here(capsys, "train", run_file)
+        assert_refused(done, "holds something already", "choose another folder")
+        assert "--resume" not in done.stderr
+
+    @pytest.mark.parametrize("junk", [".DS_Store", "Thumbs.db", ".run.yaml.17-ab12.partial"])
+    def test_what_a_kill_or_a_file_manager_leaves_does_not_count(
+        self, run_file: Path, tmp_path: Path, junk: str
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / junk).touch()
+        (tmp_path / "out" / "metrics.jsonl").write_bytes(b"\xff\0")
+        claim_folder(tmp_path / "out", resume=False)
 
     def test_no_space_is_told_before_the_first_step(
         self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

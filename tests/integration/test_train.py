@@ -291,7 +291,7 @@ class TestSecondStart:
         (data / "00.txt").write_text("another caption of [trigger]", encoding="utf-8")
         before = hashes(folder)
         words = (f"output={folder}", f"data={data}", "--resume")
-        assert_refused(run_here(capsys, "train", straight.run_file, *words), "data digest")
+        assert_refused(run_here(capsys, "train", straight.run_file, *words), "digest of all pictures, captions")
         assert hashes(folder) == before
 
     def test_a_torn_checkpoint_is_passed_over(

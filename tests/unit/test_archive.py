@@ -31,7 +31,7 @@ from fuzz.archives import (
 
 from flux_ft.data import archive
 from flux_ft.data.archive import NESTED, REMAKE, SPLIT, ZipSource
-from flux_ft.data.sources import FolderSource
+from flux_ft.data.folder import FolderSource
 from flux_ft.errors import DataError
 
 TRUE_END = End()

@@ -77,7 +77,7 @@ def sample(source, name, caption, *buckets, decoding=PLAIN, **changed):
     digest = changed.pop("digest", None) or digest_of(source, name, buckets[0], changed.get("mask"), decoding)
     return Sample(
         SourceFile(source, name), caption, "txt", buckets[0].width_px, buckets[0].height_px,
-        digest=digest, buckets=buckets, signals=SIGNALS, **changed,
+        digest=digest, buckets=buckets, signals=SIGNALS, content_digest=name, **changed,
     )  # fmt: skip
 
 
@@ -232,6 +232,16 @@ def test_a_picture_that_changed_since_it_was_scanned_is_refused(placed, source, 
     with pytest.raises(DataError, match=r"3\.png: it has changed"):
         fill(placed, tmp_path, encoders)
     assert len(list((tmp_path / "latents").iterdir())) == 3
+
+
+def test_a_changed_picture_does_not_slip_in_at_a_size_that_is_added_later(source, tmp_path, encoders):
+    one = sample(source, "6.png", "a", Bucket(64, 32), Bucket(32, 16))
+    fill(place(one)[:1], tmp_path, encoders)
+    source.held["6.png"] = png(picture(99, 64, 32))
+    with pytest.raises(DataError, match=r"6\.png: it has changed") as caught:
+        fill(place(one), tmp_path, encoders)
+    assert "start again" in caught.value.hint
+    assert len(list((tmp_path / "latents").iterdir())) == 1
 
 
 def test_extra_captions_can_be_loaded_and_the_empty_one_too(tmp_path, encoders):
@@ -458,6 +468,26 @@ def test_an_entry_of_another_time_without_a_hash_is_made_again(placed, tmp_path,
     with pytest.raises(StorageError):
         read_entry(path)
     assert fill(placed, tmp_path, encoders) == (1, 0)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"sha256": "0"}])
+def test_an_entry_with_a_damaged_header_is_found_and_made_again(placed, tmp_path, encoders, metadata):
+    fill(placed, tmp_path, encoders)
+    path = latent_path(tmp_path, placed[0], PLAIN, "vae")
+    data = path.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps({**json.loads(data[8:length]), "__metadata__": metadata}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[length:])
+    assert verify_cache(tmp_path, remove=True).damaged == (path,)
+    assert fill(placed, tmp_path, encoders) == (1, 0)
+
+
+def test_what_cannot_be_deleted_is_told(placed, tmp_path):
+    path = latent_path(tmp_path, placed[0], PLAIN, "vae")
+    path.mkdir(parents=True)
+    with pytest.raises(StorageError, match="cannot delete") as caught:
+        verify_cache(tmp_path, remove=True)
+    assert caught.value.hint
 
 
 def test_verifying_finds_damaged_entries_and_stray_halves(placed, tmp_path, encoders):

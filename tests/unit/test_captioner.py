@@ -37,7 +37,7 @@ from flux_ft.data.captioner import (
 )
 from flux_ft.data.captions import Mode, place_trigger
 from flux_ft.data.captions_file import CAPTIONS_FILE, read_captions
-from flux_ft.data.sources import FolderSource
+from flux_ft.data.folder import FolderSource
 from flux_ft.errors import DataError
 from flux_ft.types import Bucket, Decoding, Sample, Signals, Source, SourceFile
 
@@ -81,7 +81,15 @@ def sample(source: Source, name: str, pixels: NDArray[Any]) -> Sample:
     height, width = pixels.shape[:2]
     bucket = Bucket(width, height)
     return Sample(
-        SourceFile(source, name), "", "trigger", width, height, f"digest of {name}", (bucket,), Signals(0, 1, 0, 0)
+        SourceFile(source, name),
+        "",
+        "trigger",
+        width,
+        height,
+        f"pixels of {name}",
+        (bucket,),
+        Signals(0, 1, 0, 0),
+        f"digest of {name}",
     )
 
 
@@ -171,7 +179,7 @@ class TestModel:
         config = CaptionerConfig(model=str(folders[kind]), batch_size=3, max_tokens=12)
         assert describe(samples, config, "product", run) == len(samples)
         written = rows(run)
-        assert [row["digest"] for row in written] == [one.digest for one in samples]
+        assert [row["digest"] for row in written] == [one.content_digest for one in samples]
         assert [row["name"] for row in written] == [one.file.name for one in samples]
         assert {(row["model"], row["mode"]) for row in written} == {(config.model, "product")}
         assert all(row["caption"] for row in written)
@@ -253,8 +261,8 @@ class TestResume:
         file.write_text("\n".join(corrected), encoding="utf-8")  # without a line end, as some editors leave it
         assert describe(samples[:3], config, "general", tmp_path) == 1
         captions = read_captions(tmp_path, config.model, "general")
-        assert captions[samples[0].digest] == "my own words"
-        assert captions.keys() == {one.digest for one in samples[:3]}
+        assert captions[samples[0].content_digest] == "my own words"
+        assert captions.keys() == {one.content_digest for one in samples[:3]}
 
     def test_another_mode_is_described_anew(
         self, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
@@ -268,8 +276,9 @@ class TestResume:
         self, folders: dict[str, Path], samples: list[Sample], tmp_path: Path
     ) -> None:
         config = CaptionerConfig(model=str(folders["florence2"]), max_tokens=8)
-        twin = replace(samples[1], digest=samples[0].digest)
-        assert describe([samples[0], twin, samples[2]], config, "general", tmp_path) == 2
+        twin = replace(samples[1], content_digest=samples[0].content_digest)
+        # At the place of the first of them: a stream is read forwards.
+        assert describe([samples[0], samples[2], twin], config, "general", tmp_path) == 2
         assert [row["name"] for row in rows(tmp_path)] == [samples[0].file.name, samples[2].file.name]
 
 
@@ -340,7 +349,7 @@ class TestBesidePictures:
         captions = read_captions(tmp_path / "run", config.model, "general")
         for one in samples:
             beside = (tmp_path / "pictures" / one.file.name).with_suffix(".txt")
-            assert beside.read_text(encoding="utf-8") == captions[one.digest] + "\n"
+            assert beside.read_text(encoding="utf-8") == captions[one.content_digest] + "\n"
 
     def test_only_when_asked(self, config: CaptionerConfig, samples: list[Sample], tmp_path: Path) -> None:
         describe(samples, config.model_copy(update={"beside_pictures": False}), "general", tmp_path / "run")
@@ -366,6 +375,14 @@ class TestBesidePictures:
         describe([samples[0], other, samples[2], samples[2]], config, "general", tmp_path / "run")
         assert [found.name for found in tmp_path.rglob("*.txt")] == ["2.txt"]
         assert any("2 captions are in captions.jsonl alone: their pictures would share" in line for line in said)
+
+    def test_the_hubs_cache_is_not_written_into(
+        self, config: CaptionerConfig, samples: list[Sample], tmp_path: Path, said: list[str]
+    ) -> None:
+        cached = FolderSource(tmp_path / "pictures", "hf:ann/pictures")
+        describe([replace(samples[0], file=SourceFile(cached, samples[0].file.name))], config, "general", tmp_path)
+        assert not list(tmp_path.rglob("*.txt"))
+        assert any("1 captions are in captions.jsonl alone: their pictures do not lie in" in line for line in said)
 
     def test_a_zip_is_not_written_into(self, config: CaptionerConfig, tmp_path: Path, said: list[str]) -> None:
         pixels = noise()[0]

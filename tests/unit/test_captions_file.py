@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,3 +119,27 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 def test_the_callers_own_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError), appending(tmp_path):
         raise TimeoutError("somebody else's")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with appending(tmp_path) as append:
+            append(row("a"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+            with pytest.raises(StorageError, match=CAPTIONS_FILE):
+                append(row("b", "long" * 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_captions(tmp_path, "m", "general") == {"a": "a cat"}
+
+
+def test_of_several_processes_one_describes_and_the_others_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flux_ft.train import captions
+
+    checked = SimpleNamespace(variant=None, report=None)
+    monkeypatch.setattr(captions, "uncaptioned", lambda *_: ["a picture"])
+    monkeypatch.setattr(captions, "describe", lambda *_, **__: pytest.fail("described a second time"))
+    monkeypatch.setattr(captions, "check_run", lambda _: "read again")
+    assert captions.with_captions(None, checked, describes=False) == "read again"  # type: ignore[arg-type]

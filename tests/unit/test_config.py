@@ -360,7 +360,7 @@ def test_data_is_required(text: str, told: str) -> None:
         ("path: b\n      repaets: 2", 5, ".repaets` is not a known key", "[1].repeats`"),
         ("path: b\n      max_pixels: 9", 5, ".max_pixels` is not a known", "`data.max_pixels`"),
         ("path: b\n      repeats: 0", 5, ".repeats` is `0`; expected a whole number from 1 to 1000", ""),
-        ("path: b\n      weight: '2'", 5, ".weight` is `'2'`; expected a number above 0", "[1].weight: 2`"),
+        ("path: b\n      weight: '2'", 5, ".weight` is `'2'`; expected a number from 0.001 to 1000", "[1].weight: 2`"),
         ("path: b\n      limit: 1.5", 5, ".limit` is `1.5`; expected a whole number from 1", ""),
         ("path: b\n      streaming: yes", 5, ".streaming` is `yes`; expected true", "[1].streaming: true`"),
         ("path: b\n      split: null", 5, ".split` is `null`; expected text", '`"train"`'),
@@ -496,7 +496,7 @@ def test_a_side_given_as_an_area_is_caught() -> None:
     ("line", "message", "hint"),
     [
         ("repeats: 1001", "expected a whole number from 1 to 1000", ""),
-        ("weight: 0", "expected a number above 0", ""),
+        ("weight: 0", "expected a number from 0.001 to 1000", ""),
         ("caption_column: 3", "expected text that is not empty or null", '`data.caption_column: "3"`'),
         ("image_column: ''", "expected text that is not empty or null", ""),
         ("split: [train]", "expected text that is not empty", ""),
@@ -724,11 +724,12 @@ def test_settings_without_effect_are_warned_about_by_name(text: str, keys: list[
     assert all(" has no effect: " in warning for warning in warnings)
 
 
-@pytest.mark.parametrize("name", ["0000.parquet", "dataset_info.json", "dataset_dict.json"])
+@pytest.mark.parametrize("name", ["0000.parquet", "data/train-0000.parquet", "dataset_info.json", "dataset_dict.json"])
 def test_a_folder_that_may_be_a_dataset_is_not_warned_about(name: str) -> None:
     Path("set").mkdir()
     text = "data: {path: set, split: test}\n"
     assert load(text).warnings == ["`data.split` has no effect: the pictures of `data` are not a dataset"]
+    Path("set", name).parent.mkdir(exist_ok=True)
     Path("set", name).touch()
     assert load(text).warnings == []
 

@@ -215,6 +215,9 @@ class TestStamps:
             open_at(shards(tmp_path)),
         ]
         assert len({source.identity for source in sources}) == 4
+        assert [source.label.removeprefix(str(path)) for source in sources[:3]] == [
+            " (column a)", " (column b)", " (split test, column a)",
+        ]  # fmt: skip
         assert all(str(tmp_path) in source.identity for source in sources)
 
 

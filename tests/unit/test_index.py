@@ -140,6 +140,31 @@ def test_the_database_of_another_program_is_started_anew(path, layout):
     assert known(path, "a") == {"a": ENTRY}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "facts = '{}'",
+        "facts = '[]'",
+        "facts = 5",
+        "facts = x'ff00'",
+        "facts = replace(facts, '640', '641')",
+        "thumbnail = 5",
+        "thumbnail = x'ffd9'",
+        "thumbnail = NULL",
+        "crc = NULL",
+    ],
+)
+def test_a_damaged_row_is_not_known(path, change):
+    remember(path, a=ENTRY)
+    db = sqlite3.connect(path)
+    db.execute(f"UPDATE files SET {change}")
+    db.commit()
+    db.close()
+    assert known(path, "a") == {}
+    remember(path, a=ENTRY)
+    assert known(path, "a") == {"a": ENTRY}
+
+
 def test_where_nothing_can_be_written_the_index_is_empty(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for path in (None, tmp_path, tmp_path / "file" / "scans.sqlite3", Path("a\0b")):

@@ -97,7 +97,7 @@ def test_one_of_each_kind_is_accounted_for(tmp_path):
         ("a.txt", "caption", "caption of a.jpeg"),
         ("b.TXT", "caption", "caption of b.png"),
         ("masked_mask.png", "mask", "mask of masked.png"),
-        ("metadata.csv", "metadata", "captions of 1 pictures"),
+        ("metadata.csv", "metadata", "captions of 1 picture"),
     ]
     told = reasons(report)
     assert list(told) == sorted(told)
@@ -174,6 +174,64 @@ def test_transparency_is_background_or_mask(tmp_path):
     assert shown.digest != weighted.digest
 
 
+def test_of_two_masks_and_a_mask_of_a_mask_each_is_told(tmp_path):
+    picture(tmp_path / "a.png")
+    for name in ("a_mask.png", "a_mask.webp", "a_mask_mask.png"):
+        mask(tmp_path / name, [0, 255])
+    report = read(tmp_path)
+    assert [(one.file.name, one.mask.name) for one in report.samples] == [("a.png", "a_mask.png")]
+    assert reasons(report) == {
+        "a_mask.webp": "a_mask.png is the mask already",
+        "a_mask_mask.png": "mask of a mask",
+    }
+    assert not any("captions without" in warning for warning in report.warnings)
+
+
+def test_a_mask_that_a_smaller_size_loses_is_told_before_training(tmp_path):
+    picture(tmp_path / "a.png", size=(512, 512))
+    values = np.zeros((512, 512), np.uint8)
+    values[256, 256] = 30
+    Image.fromarray(values).save(tmp_path / "a_mask.png")
+    picture(tmp_path / "b.png", 1)
+    assert [one.file.name for one in read(tmp_path, areas=(512 * 512,)).samples] == ["a.png", "b.png"]
+    told = reasons(read(tmp_path, areas=(512 * 512, 16 * 16)))
+    assert told["a.png"] == "its mask is black everywhere at 16 × 16 px, so nothing of it would be learned"
+
+
+def test_captions_whose_names_differ_in_case_alone_are_both_told(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.TXT").write_text("upper")
+    (tmp_path / "a.txt").write_text("lower")
+    if len(os.listdir(tmp_path)) < 3:
+        pytest.skip("this file system does not tell them apart")
+    report = read(tmp_path)
+    assert all_names(report) == ["a.TXT", "a.png", "a.txt"]
+    assert reasons(report) == {"a.TXT": "a.txt wins"}
+    assert report.samples[0].caption == "TOK, lower"
+
+
+def test_a_trigger_of_spaces_is_none(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    report = read(tmp_path, trigger=" \n")
+    assert report.samples[0].caption == "a cat"
+    assert not any("trigger word" in warning for warning in report.warnings)
+
+
+def test_what_another_decoder_told_is_not_taken_over(tmp_path, monkeypatch):
+    picture(tmp_path / "in" / "a.png")
+    index = ScanIndex(tmp_path / "index")
+    read(tmp_path / "in", index=index)
+    scans = []
+    scan = ingest_module._scan
+    monkeypatch.setattr(ingest_module, "_scan", lambda *words: scans.append(1) or scan(*words))
+    read(tmp_path / "in", index=index)
+    assert not scans
+    monkeypatch.setattr(ingest_module, "version", lambda name: "99")
+    read(tmp_path / "in", index=index)
+    assert scans
+
+
 def test_a_mask_of_another_shape_is_told(tmp_path):
     picture(tmp_path / "a.png", 1)
     picture(tmp_path / "b.png", 2)
@@ -234,7 +292,7 @@ def test_what_the_captioner_said_comes_after_what_was_given(tmp_path):
     picture(tmp_path / "a.png", 1)
     picture(tmp_path / "b.png", 2)
     (tmp_path / "b.caption").write_text("mine")
-    said = {one.digest: "a model's words" for one in read(tmp_path).samples}
+    said = {one.content_digest: "a model's words" for one in read(tmp_path).samples}
     first, second = read(tmp_path, captioned=said).samples
     assert (first.caption, first.caption_source) == ("TOK, a model's words", "captioner")
     assert (second.caption, second.caption_source) == ("TOK, mine", "caption")

@@ -35,7 +35,42 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_a_bar_without_a_terminal_prints_about_twenty_lines(capsys: pytest.CaptureFixture[str]) -> None:
+class Clock:
+    """A second later at each look."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def test_lines_that_a_crash_has_spoilt_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\0\n\xff\n[1]\n{"step": 2}\n{"ste')
+    log.MetricsFile(path, resume_step=5).close()
+    assert rows(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_what_takes_no_time_needs_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with log.progress("count", 200) as bar:
+        for _ in range(200):
+            bar.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unknown_total_has_no_eta(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log.time, "monotonic", Clock())
+    with log.progress("count", None) as bar:
+        for _ in range(3):
+            bar.advance()
+    assert capsys.readouterr().err.splitlines()[-1] == "count 3  1.00/s"
+
+
+def test_a_bar_without_a_terminal_prints_about_twenty_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log.time, "monotonic", Clock())
     with log.progress("count", 200) as bar:
         for _ in range(200):
             bar.advance(note="loss 1.0")

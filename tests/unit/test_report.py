@@ -71,6 +71,7 @@ def sample(name="cat.jpg", source=PHOTOS, **changes):
         width_px=200,
         height_px=100,
         digest=name,
+        content_digest=name,
         buckets=(Bucket(192, 64), Bucket(128, 64)),
         signals=Signals(0, 1.0, 0.0, 0.0),
         thumbnail=THUMBNAIL,
@@ -287,7 +288,7 @@ def test_a_picture_is_shown_whole_with_its_crop_box_its_caption_and_its_faults(r
 def test_the_filters_find_what_they_name(report):
     kinds = Page(report_html(report)).values("data-kind")
     assert sorted(kinds) == sorted(
-        ["used warned look-alikes", "used look-alikes", "used", "look-alikes", "skipped", "skipped", *["beside"] * 3]
+        ["used warned look-alikes", "used look-alikes", "used", "look-alikes", "skipped", "ignored", *["beside"] * 3]
     )
 
 
@@ -300,7 +301,7 @@ def test_every_file_is_on_the_page(report):
 
 def test_nothing_is_cropped_and_no_box_is_drawn_where_the_shape_fits():
     html = report_html(DatasetReport(("photos",), (sample(buckets=(Bucket(128, 64),)),), (), ()))
-    assert "nothing cropped" in html
+    assert "uncropped" in html
     assert 'class="box"' not in html
 
 
@@ -424,3 +425,18 @@ def test_the_report_loads_without_torch_or_pictures():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_long_list_of_look_alikes_is_folded():
+    samples = tuple(sample(f"{number}.png") for number in range(60))
+    groups = tuple((number, number + 1) for number in range(0, 60, 2))
+    html = report_html(
+        DatasetReport(sources=("photos",), samples=samples, side_files=(), skipped=(), warnings=(), groups=groups)
+    )
+    section = html.partition('id="look-alikes"')[2].partition("</section>")[0]
+    shown, fold, rest = section.partition("<details>")
+    assert shown.count('class="group"') == 12
+    assert fold
+    assert "18 more groups" in rest
+    assert rest.count('class="group"') == 18
+    assert section.count("<div") == section.count("</div>")

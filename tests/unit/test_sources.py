@@ -15,7 +15,8 @@ from fuzz.archives import Entry, build
 from flux_ft.config import SourceConfig
 from flux_ft.data import folder, sources
 from flux_ft.data.archive import ZipSource
-from flux_ft.data.sources import FolderSource, open_source
+from flux_ft.data.folder import FolderSource
+from flux_ft.data.sources import open_source
 from flux_ft.errors import DataError
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX file systems only")
@@ -272,6 +273,14 @@ class TestOpening:
         os.mkfifo(tmp_path / "pipe.zip")
         assert "not a regular file" in refusal(tmp_path / "pipe").message
         assert "not a regular file" in refusal(tmp_path / "pipe.zip").message
+
+
+def test_the_folder_of_a_run_among_the_pictures_is_not_entered(tmp_path):
+    for name in ("a.png", "runs/one/run.yaml", "runs/one/metrics.jsonl", "runs/one/previews/0.png", "b/run.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = {one.name: one.skip for one in FolderSource(tmp_path, "x").files()}
+    assert found == {"a.png": None, "b/run.yaml": None, "runs/one/": "folder of a run, not entered"}
 
 
 def test_folders_and_zips_load_nothing_heavy(tmp_path):
