@@ -35,7 +35,7 @@ SINGLE_BLOCK: dict[str, tuple[str, ...]] = {
 }
 """Original name of a block's linear to the diffusers linears it is made of, in row order."""
 
-_NORMS = {
+NORMS = {
     "double": {
         "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
         "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
@@ -44,7 +44,7 @@ _NORMS = {
     },
     "single": {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
 }
-_OUTSIDE = {
+OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
@@ -82,11 +82,11 @@ def _one_to_diffusers(key: str, tensor: Tensor) -> dict[str, Tensor]:
         module, _, kind = key.rpartition(".")
         if module == "final_layer.adaLN_modulation.1":
             tensor = tensor.roll(tensor.shape[0] // 2, dims=0)
-        return {f"{_OUTSIDE[module]}.{kind}": tensor}
+        return {f"{OUTSIDE[module]}.{kind}": tensor}
     stream, index, rest = match.groups()
     prefix = f"{'transformer_blocks' if stream == 'double' else 'single_transformer_blocks'}.{index}."
-    if rest in _NORMS[stream]:
-        return {prefix + _NORMS[stream][rest]: tensor}
+    if rest in NORMS[stream]:
+        return {prefix + NORMS[stream][rest]: tensor}
     module, _, kind = rest.rpartition(".")
     parts = (DOUBLE_BLOCK if stream == "double" else SINGLE_BLOCK)[module]
     return {f"{prefix}{part}.{kind}": rows for part, rows in zip(parts, _split(tensor, parts), strict=True)}
