@@ -203,6 +203,90 @@ def quickstart(
     _report(summary, job.summary_for_people(summary, folder), as_json)
 
 
+@app.command()
+def extract(
+    base: Annotated[str, typer.Option(help="the model it was tuned from: variant, folder, file or Hub id")],
+    tuned: Annotated[str, typer.Option(help="the tuned model: folder, file or Hub id")],
+    output: Annotated[Path, typer.Option(help="the LoRA to write; a report goes beside it")],
+    rank: Annotated[
+        str | None, typer.Option(help="1 to 1024, or auto: as many directions as stand out of rounding noise")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="instead of a rank: share of the squared change to keep", min=0, max=1)
+    ] = None,
+    budget_mb: Annotated[float | None, typer.Option(help="instead of a rank: size of the kohya file in MB")] = None,
+    format: Annotated[str, typer.Option(help="kohya (ComfyUI and the rest) or diffusers")] = "kohya",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    exact: Annotated[bool, typer.Option("--exact", help="exact instead of randomised SVD: far slower")] = False,
+    leftovers: Annotated[
+        bool, typer.Option("--leftovers", help="also write what no LoRA holds, as .diff keys in a file of its own")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; chosen by itself if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a LoRA out of a tuned model: what it learned beyond its base. Killed, it goes on when called again."""
+    if rank is None and energy is None and budget_mb is None:
+        rank = "32"
+    from flux_ft.adapters.jobs import extract_files
+
+    done = extract_files(
+        base, tuned, _rank(rank), output, format=format, dtype=dtype, energy=energy, budget_mb=budget_mb, exact=exact,
+        device=device, leftovers=leftovers,
+    )  # fmt: skip
+    _report(done.as_json(), done.for_people(), as_json)
+
+
+@app.command()
+def resize(
+    lora: Annotated[Path, typer.Argument(metavar="FILE", help="the LoRA", show_default=False)],
+    output: Annotated[Path, typer.Option(help="the smaller LoRA to write")],
+    rank: Annotated[int | None, typer.Option(help="largest rank of a module", min=1)] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="instead of a rank: share of the squared change to keep", min=0, max=1)
+    ] = None,
+    format: Annotated[str, typer.Option(help="kohya or diffusers")] = "kohya",
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32")] = "bf16",
+    as_json: AsJson = False,
+) -> None:
+    """Write a LoRA again with fewer directions, those kept that matter most."""
+    from flux_ft.adapters.jobs import resize_file
+
+    done = resize_file(lora, output, rank=rank, energy=energy, format=format, dtype=dtype)
+    words = (
+        f"wrote {output} ({done.size_bytes / 1e6:.1f} MB): rank {done.ranks[0]} to {done.ranks[1]}, "
+        f"no module lost more than {done.worst_loss:.1%} of its change"
+    )
+    _report(done.as_json(), words, as_json)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="variant, folder, file or Hub id")],
+    lora: Annotated[list[str], typer.Option(help="FILE or FILE:STRENGTH; may be given several times")],
+    output: Annotated[Path, typer.Option(help="a new folder, or a .safetensors file where the base is one")],
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as the base unless given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a base model with LoRAs merged into its weights, one matrix in memory at a time."""
+    adapters = [_adapter(text) for text in lora]
+    from flux_ft.adapters.jobs import merge_file
+
+    done = merge_file(base, adapters, output, dtype=dtype)
+    _report(done.as_json(), done.for_people(), as_json)
+
+
+@bench.command("extract")
+def bench_extract(
+    rank: Annotated[int, typer.Option(help="rank of the extracted LoRA", min=1)] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """LoRA extraction at FLUX.1's matrix shapes: ours beside exact SVDs of the same matrices."""
+    from flux_ft.bench.extract import bench_extraction, summary_for_people
+
+    result = bench_extraction(rank)
+    _report(result, summary_for_people(result), as_json, words_are_data=True)
+
+
 @bench.command("data")
 def bench_data(
     pictures: Annotated[
@@ -269,6 +353,16 @@ def _load(run_file: Path, overrides: list[str] | None) -> Any:
     for warning in loaded.warnings if run_file.resolve().parent != loaded.config.output_dir.resolve() else ():
         log.warn(warning)
     return loaded
+
+
+def _rank(text: str | None) -> Any:
+    """A whole number, "auto" or None."""
+    if text in (None, "auto"):
+        return text
+    try:
+        return int(str(text))
+    except ValueError:
+        raise ConfigError(f"`--rank {text}` is not a rank", hint="write a whole number, or auto") from None
 
 
 def _adapter(text: str) -> Any:
