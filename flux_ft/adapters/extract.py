@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flux_ft import __version__, log
 from flux_ft.adapters.checkpoint_files import Checkpoint, Values, Weight, is_block_linear, require_pair
-from flux_ft.adapters.formats import FLAVOURS, from_kohya, to_kohya
+from flux_ft.adapters.formats import EXPORT_DTYPES, FLAVOURS, from_kohya, to_kohya
 from flux_ft.adapters.lowrank import (
     OVERSAMPLE,
     POWER_ITERATIONS,
@@ -54,7 +54,7 @@ LARGEST_RANK = 256
 """Of any matrix, where the rank is not given."""
 _FIRST_LOOK = 64
 _NOTHING = Factors(torch.empty(0, 0), torch.empty(0, 0), torch.empty(0))
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_DTYPES = {dtype: name for name, dtype in EXPORT_DTYPES.items()}
 
 
 @dataclass(frozen=True)

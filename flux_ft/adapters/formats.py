@@ -27,6 +27,9 @@ from flux_ft.families.layout import DOUBLE_BLOCK, SINGLE_BLOCK
 from flux_ft.files import write_whole
 from flux_ft.types import AdapterState, LoraLayer
 
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What LoRA files are written in, by the names that users give."""
+
 # --- Key map: the parts of each BFL block linear, made from the family's layout tables. ---
 
 _BLOCKS = {  # BFL block list → (diffusers block list, its table)

@@ -17,16 +17,22 @@ from safetensors.torch import save
 from flux_ft import __version__, log
 from flux_ft.adapters.checkpoint_files import Checkpoint, open_checkpoint, require_pair
 from flux_ft.adapters.extract import LARGEST_RANK, ExtractionReport, Options, Work, extract, leftover_tensors, resize
-from flux_ft.adapters.formats import FLAVOURS, compare_adapters, read_adapter, verify_written, write_adapter
+from flux_ft.adapters.formats import (
+    EXPORT_DTYPES,
+    FLAVOURS,
+    compare_adapters,
+    read_adapter,
+    verify_written,
+    write_adapter,
+)
 from flux_ft.adapters.merge import SHARD_BYTES, MergeReport, merge, require_free, require_new
 from flux_ft.adapters.metadata import EXPORT_KEY, ExportInfo, build_metadata
-from flux_ft.errors import AdapterError, ConfigError, InputError, ModelError, StoppedByUser
+from flux_ft.errors import AdapterError, ConfigError, InputError, ModelError, StoppedByUser, first_line
 from flux_ft.families.base import Variant
 from flux_ft.families.registry import FLUX1_DEV, FLUX1_SCHNELL, FLUX_TINY, VARIANTS, find_variant
 from flux_ft.files import require_writable, write_whole
 from flux_ft.types import AdapterState, AppliedAdapter
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FLUX1_WIDTH = 3072
 _PER_MODULE, _PER_FILE = 450, 8_000
 """Bytes of a kohya file's header, at most."""
@@ -92,9 +98,8 @@ def _fetched(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
     except Exception as error:  # the Hub's client lets through its transport's own, whose classes change
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{source}: could not be fetched from the Hub: {first_line}",
+            f"{source}: could not be fetched from the Hub: {first_line(error)}",
             hint=f"accept the licence at https://huggingface.co/{source}, run `hf auth login`, and try again; "
             "or download it and give the path",
         ) from error
@@ -138,7 +143,7 @@ def extract_files(
     budget = None if budget_mb is None else int(budget_mb * 1e6) - len(first.matrices) * _PER_MODULE - _PER_FILE
     if budget is not None and budget <= 0:
         raise ConfigError(f"a budget of {budget_mb} MB does not hold the file's header", hint="16-bit rank 16: 153 MB")
-    options = Options(rank=rank, budget_bytes=budget, energy=energy, dtype=DTYPES[dtype], exact=exact, seed=seed)
+    options = Options(rank=rank, budget_bytes=budget, energy=energy, dtype=EXPORT_DTYPES[dtype], exact=exact, seed=seed)
     place = _device(device)
     fingerprint = _fingerprint(first, second, options, place)
     folder = output.with_name(f".{output.name}.work")
@@ -188,10 +193,10 @@ def _device(name: str | None) -> torch.device:
 def _require_output(output: Path, format: str, dtype: str) -> None:
     if output.suffix != ".safetensors":
         raise ConfigError(f"`{output}` does not end in .safetensors", hint="LoRA files are written as .safetensors")
-    if format not in FLAVOURS or dtype not in DTYPES:
+    if format not in FLAVOURS or dtype not in EXPORT_DTYPES:
         raise ConfigError(
             f"cannot write format `{format}` as `{dtype}`",
-            hint=f"formats: {', '.join(FLAVOURS)}; dtypes: {', '.join(DTYPES)}",
+            hint=f"formats: {', '.join(FLAVOURS)}; dtypes: {', '.join(EXPORT_DTYPES)}",
         )
 
 
@@ -301,8 +306,8 @@ def resize_file(
     smaller = resize(state, rank=rank, energy=energy, fused=format == "kohya")
     before = max(layer.rank for layer in state.layers.values())
     after = max(layer.rank for layer in smaller.layers.values())
-    write_adapter(output, smaller, format, DTYPES[dtype], _resized_metadata(state.metadata, after, format))
-    verify_written(output, smaller, DTYPES[dtype])
+    write_adapter(output, smaller, format, EXPORT_DTYPES[dtype], _resized_metadata(state.metadata, after, format))
+    verify_written(output, smaller, EXPORT_DTYPES[dtype])
     losses = compare_adapters(state, smaller)
     return Resized(output, (before, after), max(losses.values()), output.stat().st_size)
 
@@ -332,8 +337,8 @@ def merge_file(
     """
     if not loras:
         raise AdapterError("no LoRA to merge", hint="give at least one")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"cannot write as `{dtype}`", hint=f"dtypes: {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise ConfigError(f"cannot write as `{dtype}`", hint=f"dtypes: {', '.join(EXPORT_DTYPES)}")
     checkpoint, _ = open_model(base)
     if checkpoint.config is None and output.suffix != ".safetensors":
         raise ConfigError(f"`{output}` does not end in .safetensors", hint=f"{base} is a file, and gives a file")
@@ -342,4 +347,6 @@ def merge_file(
     adapters = [(one.path.name, read_adapter(one.path), one.strength) for one in loras]
     for note in checkpoint.notes:
         log.say(f"{checkpoint.label}: {note}")
-    return merge(checkpoint, adapters, output, dtype=None if dtype is None else DTYPES[dtype], shard_bytes=shard_bytes)
+    return merge(
+        checkpoint, adapters, output, dtype=None if dtype is None else EXPORT_DTYPES[dtype], shard_bytes=shard_bytes
+    )

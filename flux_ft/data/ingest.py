@@ -31,7 +31,7 @@ from flux_ft.data.parallel import ordered_map, usable_cpus
 from flux_ft.data.signals import advice, picture_warnings, same_scene
 from flux_ft.data.signals import measure as measure_signals
 from flux_ft.data.sources import open_source
-from flux_ft.errors import DataError
+from flux_ft.errors import DataError, some_of
 from flux_ft.types import (
     Bucket,
     CaptionCounter,
@@ -246,10 +246,10 @@ def _ingest_source(
             )
         )
         if missing:
-            warnings.append(f"{name} has captions for files that are not there or not used: {_some(missing)}")
+            warnings.append(f"{name} has captions for files that are not there or not used: {some_of(missing)}")
     orphans = [one.file.name for one in skipped if one.reason == ORPHAN]
     if orphans:
-        warnings.append(f"captions without a picture of the same name: {_some(orphans)}")
+        warnings.append(f"captions without a picture of the same name: {some_of(orphans)}")
     skipped.sort(key=lambda one: one.file.name)
     side_files.sort(key=lambda one: one.file.name)
     return _Part(source, samples, side_files, skipped, warnings, naming)
@@ -601,7 +601,7 @@ def _caption_warnings(samples: Sequence[Sample], wording: Wording, naming: int) 
             if count.tokens > count.limit:
                 long.setdefault((count.encoder, count.limit), []).append(sample.file.name)
     for (encoder, limit), names in long.items():
-        found.append(f"captions longer than the {limit} tokens that {encoder.upper()} reads: {_some(names)}")
+        found.append(f"captions longer than the {limit} tokens that {encoder.upper()} reads: {some_of(names)}")
     return found
 
 
@@ -618,8 +618,3 @@ def _nothing_usable(labels: Sequence[str], skipped: Sequence[Skipped]) -> DataEr
     reasons = [f"\n  {one.file.name}: {one.reason}" for one in told[:NAMED_AT_MOST]]
     more = f"\n  and {len(told) - NAMED_AT_MOST} more" if len(told) > NAMED_AT_MOST else ""
     return DataError(f"{where} {holds} no usable picture:{''.join(reasons)}{more}", hint=hint)
-
-
-def _some(names: Sequence[str]) -> str:
-    named = ", ".join(names[:NAMED_AT_MOST])
-    return f"{named} and {len(names) - NAMED_AT_MOST:,} more" if len(names) > NAMED_AT_MOST else named

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from flux_ft.errors import some_of
 from flux_ft.types import Sample, Signals
 
 FEW_PICTURES = 5
@@ -36,7 +37,6 @@ MANY = 0.25
 SAME_SCENE_BITS = 8
 """Largest distance of two hashes of one scene. The nearest two different scenes of the 75 are 13 apart; within it
 are all JPEGs of quality 40 and all pictures of half the size, 99 % of those cropped by 4 %, 83 % of those by 8 %."""
-NAMES_AT_MOST = 5
 
 _WHITE, _BLACK = 247, 8
 _BACKDROP = 0.8
@@ -184,9 +184,7 @@ def _scenes(samples: Sequence[Sample], groups: Sequence[tuple[int, ...]]) -> lis
 
 def _names(some: Sequence[Sample], samples: Sequence[Sample]) -> str:
     one_source = len({sample.file.source.label for sample in samples}) == 1
-    names = [sample.file.name if one_source else str(sample.file) for sample in some[:NAMES_AT_MOST]]
-    more = len(some) - len(names)
-    return ", ".join(names) + (f" and {more:,} more" if more else "")
+    return some_of([sample.file.name if one_source else str(sample.file) for sample in some])
 
 
 def _sharpness(gray_HW: Gray) -> float:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from flux_ft import __version__, log
 from flux_ft.adapters import lora
-from flux_ft.adapters.formats import verify_written, write_adapter
+from flux_ft.adapters.formats import EXPORT_DTYPES, verify_written, write_adapter
 from flux_ft.adapters.metadata import ExportInfo, build_metadata
 from flux_ft.config import DataConfig, RunConfig
 from flux_ft.data.cache import verify_cache
@@ -48,7 +48,6 @@ from flux_ft.train.setup import (
 )
 from flux_ft.types import DatasetReport
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
 DATA_IN_LOOP = {"unmasked_weight", "caption_dropout", "tag_orders", "resample_latents"}
 """What of `data` acts in each step; all else acts on the pictures, whose digest tells it."""
@@ -409,7 +408,7 @@ def export(
         tool_version=__version__,
         batch_size=config.optim.batch_size * config.optim.accumulate * state.accelerator.num_processes,
     )
-    dtype = DTYPES[config.export.dtype]
+    dtype = EXPORT_DTYPES[config.export.dtype]
     written: dict[str, Path] = {}
     worst = 0.0
     for name in config.export.formats:
