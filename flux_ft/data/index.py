@@ -217,7 +217,11 @@ def _connect(path: Path | None) -> sqlite3.Connection | None:
             db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute("PRAGMA journal_size_limit = 4000000")
-        if not _is_ours(db):
+        # All marks in one transaction: a file that another process makes between two of them looks foreign.
+        with db:
+            db.execute("BEGIN")
+            ours = _is_ours(db)
+        if not ours:
             with db:
                 db.execute("BEGIN IMMEDIATE")
                 if not _is_ours(db):  # another process may have been faster

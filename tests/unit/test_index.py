@@ -5,7 +5,9 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,19 @@ def test_several_processes_write_at_once(path):
     assert {key: entry.facts["number"] for key, entry in known(path, *keys).items()} == {
         key: int(key[2:]) for key in keys
     }
+
+
+def test_indexes_that_are_opened_at_once_make_one_file(tmp_path):
+    for number in range(100):
+        path, start = tmp_path / str(number) / "scans.sqlite3", threading.Barrier(4)
+
+        def write(key, path=path, start=start):
+            start.wait()
+            remember(path, **{key: ENTRY})
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, "abcd"))
+        assert set(known(path, *"abcd")) == set("abcd")
 
 
 def test_a_kill_loses_the_last_batch_at_most(path):
