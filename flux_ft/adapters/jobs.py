@@ -25,8 +25,9 @@ from flux_ft.adapters.formats import (
     verify_written,
     write_adapter,
 )
-from flux_ft.adapters.merge import SHARD_BYTES, MergeReport, merge, require_free, require_new
+from flux_ft.adapters.merge import MergeReport, merge
 from flux_ft.adapters.metadata import EXPORT_KEY, ExportInfo, build_metadata
+from flux_ft.adapters.write_files import SHARD_BYTES, require_free, require_new
 from flux_ft.errors import AdapterError, ConfigError, InputError, ModelError, StoppedByUser, first_line
 from flux_ft.families.base import Variant
 from flux_ft.families.registry import FLUX1_DEV, FLUX1_SCHNELL, FLUX_TINY, VARIANTS, find_variant

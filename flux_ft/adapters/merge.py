@@ -8,10 +8,8 @@ Shapes in names: R rank, O out features, I in features.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,19 @@ from torch import Tensor
 
 from flux_ft import log
 from flux_ft.adapters.checkpoint_files import DTYPES, Checkpoint, Stored, Weight
-from flux_ft.errors import AdapterError, ConfigError, ModelError, StorageError
+from flux_ft.adapters.write_files import (
+    DTYPE_NAMES,
+    SHARD_BYTES,
+    Entry,
+    file_pieces,
+    require_free,
+    require_new,
+    write_folder,
+)
+from flux_ft.errors import AdapterError
 from flux_ft.families import layout
 from flux_ft.files import write_whole
 from flux_ft.types import AdapterState
-
-SHARD_BYTES = 5_000_000_000
-_STEM = "diffusion_pytorch_model"
-_BYTES = {  # of the types that only other parts of a checkpoint have
-    "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,6 @@ class MergeReport:
         """For people."""
         places = ", ".join(str(path) for path in self.files if path.suffix == ".safetensors")
         return f"wrote {places} ({self.size_bytes / 1e6:.1f} MB); {self.changed} of {self.tensors} tensors were changed"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file to be written."""
-
-    key: str
-    dtype: str
-    """As safetensors spells it."""
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        itemsize = DTYPES[self.dtype].itemsize if self.dtype in DTYPES else _BYTES.get(self.dtype)
-        if itemsize is None:
-            raise ModelError(f"`{self.key}` is of type {self.dtype}, which cannot be copied", hint="use another base")
-        return math.prod(self.shape) * itemsize
 
 
 def merge(
@@ -114,35 +96,17 @@ def merge(
                 bar.advance()
 
     if base.config is None:
-        write_whole(output, _file(entries, tensors()))
+        write_whole(output, file_pieces(entries, tensors()))
         files = [output]
     else:
-        files = _write_folder(base.config, output, entries, tensors(), shard_bytes)
+        files = write_folder(base.config, output, entries, tensors(), shard_bytes)
     size = sum(file.stat().st_size for file in files)
     return MergeReport(tuple(files), size, len(changed), len(entries))
 
 
-def require_free(folder: Path, need: int) -> None:
-    """Raise StorageError unless `need` bytes, and a little more, are free where `folder` is or will be."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < need * 1.01 + 10_000_000:
-        raise StorageError(
-            f"{folder}: {free / 1e9:.2f} GB are free, {need / 1e9:.2f} GB are needed",
-            hint="free some disk space, or choose another output",
-        )
-
-
-def require_new(*outputs: Path) -> None:
-    """Raise ConfigError when something would be overwritten."""
-    for output in outputs:
-        if output.exists():
-            raise ConfigError(f"`{output}` exists already", hint="choose another output, or remove it first")
-
-
 def _written_as(part: Stored, dtype: torch.dtype | None) -> str:
     kept = "BF16" if DTYPES[part.dtype].itemsize == 1 else part.dtype
-    return kept if dtype is None else _NAMES[dtype]
+    return kept if dtype is None else DTYPE_NAMES[dtype]
 
 
 def _linears(weight: Weight) -> dict[str, tuple[int, ...]]:
@@ -190,55 +154,3 @@ def _merged(weight: Weight, adapters: Sequence[tuple[str, AdapterState, float]])
         swapped = parts["norm_out.linear.weight"]
         return (swapped if weight.swapped else swapped.roll(half, 0)), True
     return total_OI, True
-
-
-# --- Writing safetensors piece by piece. ---
-
-
-def _file(entries: Sequence[Entry], tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces; `tensors` come in the order of `entries`."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for entry in entries:
-        end = start + entry.size
-        header[entry.key] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for entry, tensor in zip(entries, tensors, strict=True):
-        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        assert data.nbytes == entry.size, entry.key
-        yield data
-
-
-def _write_folder(
-    config: Path, output: Path, entries: Sequence[Entry], tensors: Iterator[Tensor], shard_bytes: int
-) -> list[Path]:
-    """config.json, shards and their index, in a folder that gets its name when it is whole."""
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(one.size for one in shards[-1]) + entry.size > shard_bytes:
-            shards.append([])
-        shards[-1].append(entry)
-    count = len(shards)
-    names = [f"{_STEM}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    names = names if count > 1 else [f"{_STEM}.safetensors"]
-    staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        write_whole(staging / "config.json", config.read_bytes())
-        for name, shard in zip(names, shards, strict=True):
-            write_whole(staging / name, _file(shard, (next(tensors) for _ in shard)))
-        next(tensors, None)  # ends the progress bar
-        if count > 1:
-            where = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-            index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": where}
-            write_whole(staging / f"{_STEM}.safetensors.index.json", json.dumps(index, indent=2).encode())
-        staging.rename(output)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise StorageError(f"cannot write `{output}`: {error.strerror or error}") from error
-        raise
-    return [output / name for name in names]
