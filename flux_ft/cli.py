@@ -27,8 +27,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import 
 
 LARGEST_SEED = 2**63 - 1
 OUT_OF_MEMORY = (
-    "in training: `memory.recompute: true`, `optim.batch_size: 1` with `optim.accumulate`, smaller `data.max_pixels`; "
-    "in drawing: a smaller --width and --height; and end other programs that use the GPU"
+    "in training: `memory.recompute: full`, `optim.batch_size: 1`, smaller `data.max_pixels`, `memory.stream_blocks`, "
+    "for full fine-tunes `optim.name: adafactor`; in drawing: a smaller --width and --height; and end other programs "
+    "that use the GPU"
 )
 
 app = typer.Typer(
@@ -284,6 +285,19 @@ def bench_extract(
     from flux_ft.bench.extract import bench_extraction, summary_for_people
 
     result = bench_extraction(rank)
+    _report(result, summary_for_people(result), as_json, words_are_data=True)
+
+
+@bench.command("full")
+def bench_full(
+    output: Annotated[Path, typer.Option(help="a new or empty folder", metavar="DIR")] = Path("bench-full"),
+    seed: Annotated[int, typer.Option(help="seed of pictures, prompts and training", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """The quickstart's concept by a full fine-tune, by LoRAs taken out of it, and by a LoRA trained as such: scored."""
+    from flux_ft.bench.full import bench_full, summary_for_people
+
+    result = bench_full(output, seed)
     _report(result, summary_for_people(result), as_json, words_are_data=True)
 
 

@@ -180,11 +180,25 @@ class LoraConfig(Section):
     """Share of the adapter's inputs set to zero at each step; `0` switches it off."""
 
 
+class FullConfig(Section):
+    """What is trained when `finetune_type` is `full`."""
+
+    train: (
+        Literal["blocks", "all", "attention"] | Annotated[tuple[ModulePattern, ...], Field(min_length=1, strict=False)]
+    ) = "blocks"
+    """Weights that are trained: those of the blocks, which a LoRA can hold, all of the transformer's, those of
+    attention only, or a list of regular expressions matched against names of weights; cannot be switched off."""
+    rounding: Literal["stochastic", "kahan", "master"] = "stochastic"
+    """How bf16 weights take steps smaller than their last place: up or down by chance, with a bf16 remainder beside
+    each (2 more bytes), or as a float32 copy (4 more); cannot be switched off."""
+
+
 class OptimConfig(Section):
     """How the weights are moved."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer; cannot be switched off."""
+    name: Literal["auto", "adamw", "adamw8bit", "paged-adamw8bit", "adafactor"] = "auto"
+    """The optimizer; `auto` = AdamW, but Adafactor where more than a billion weights are trained; cannot be switched
+    off."""
     batch_size: int = Field(default=1, ge=1)
     """Pictures per forward pass and device; `1` is the least."""
     accumulate: int = Field(default=1, ge=1)
@@ -194,7 +208,13 @@ class OptimConfig(Section):
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.99)
     """Share of the old gradient mean and of the old squared mean kept at each step; `0` keeps none."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Longest gradient, as the norm over all weights, that is not scaled down; `null` switches clipping off."""
+    """Longest gradient, as the norm over all weights (over each weight's own with `memory.fused_backward`), that is not
+    scaled down; `null` switches clipping off."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the old average kept at each step, 0.999 being usual: the LoRA and the full weights are then those of
+    the average over the run; `null` switches averaging off."""
+    ema_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two updates of the average, which lies in host memory; `1` is the least."""
 
 
 class ScheduleConfig(Section):
@@ -211,9 +231,15 @@ class MemoryConfig(Section):
 
     base_precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the frozen or tuned base; `auto` = bf16 on a GPU, fp32 on a CPU."""
-    recompute: bool | None = None
-    """Recompute activations in the backward pass, slower and far smaller; `false` switches it off, `null` lets the
-    size of the model decide."""
+    recompute: Literal["auto", "none", "selective", "full"] = "auto"
+    """What the backward pass computes again in place of keeping it: nothing with `none`, all but matrix products and
+    attention with `selective`, everything with `full`; `auto` = full for models above a billion weights."""
+    fused_backward: bool | None = None
+    """Move each weight as soon as its gradient is there, so that the gradients of the whole model never exist; `false`
+    switches it off, `null` = in full fine-tunes wherever `optim.accumulate` is 1, on one GPU."""
+    stream_blocks: int = Field(default=0, ge=0)
+    """Blocks of the model that stay in host memory and visit the device in turn, for cards that cannot hold them all;
+    `0` keeps all on the device."""
 
 
 class PreviewConfig(Section):
@@ -273,6 +299,8 @@ class ExportConfig(Section):
     """One LoRA file per format, `kohya` being the one for ComfyUI; leave out the one that is not wanted."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of the exported weights; cannot be switched off."""
+    keep_full: bool = False
+    """Also write all weights of a full fine-tune, as one file; `false` keeps the extracted LoRA alone."""
 
 
 class LoggingConfig(Section):
@@ -325,6 +353,8 @@ class RunConfig(Section):
     """The captioner; leave it out for the defaults."""
     lora: LoraConfig = LoraConfig()
     """The adapter; leave it out for the defaults."""
+    full: FullConfig = FullConfig()
+    """The full fine-tune; leave it out for the defaults."""
     optim: OptimConfig = OptimConfig()
     """The optimizer; leave it out for the defaults."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -432,7 +462,46 @@ def contradictions(config: RunConfig) -> tuple[Contradiction, ...]:
                 f"remove {largest} from `data.resolutions`, or leave `data.max_pixels` out",
             )
         )
-    return (*found, *_doubled_sources(config))
+    return (*found, *_impossible_memory(config), *_doubled_sources(config))
+
+
+def _impossible_memory(config: RunConfig) -> Iterator[Contradiction]:
+    memory, accumulate = config.memory, config.optim.accumulate
+    full = config.finetune_type == "full"
+    if full and memory.fused_backward and accumulate > 1:
+        yield Contradiction(
+            ("memory.fused_backward", "optim.accumulate"),
+            f"`memory.fused_backward` uses each gradient up at once, but `optim.accumulate` is {accumulate}",
+            "set `optim.accumulate` to 1, or leave `memory.fused_backward` out",
+        )
+    if memory.stream_blocks and memory.recompute in ("none", "selective"):
+        yield Contradiction(
+            ("memory.stream_blocks", "memory.recompute"),
+            f"`memory.stream_blocks` needs each block computed again in the backward pass, but `memory.recompute` is "
+            f"{memory.recompute}",
+            "leave `memory.recompute` out, or set it to full",
+        )
+    if full and memory.stream_blocks and accumulate > 1:
+        yield Contradiction(
+            ("memory.stream_blocks", "optim.accumulate"),
+            "`memory.stream_blocks` moves a block's weights before it leaves the device, but `optim.accumulate` is "
+            f"{accumulate}",
+            "set `optim.accumulate` to 1; a larger `optim.batch_size` averages as well",
+        )
+    if full and memory.stream_blocks and config.full.rounding != "stochastic":
+        yield Contradiction(
+            ("memory.stream_blocks", "full.rounding"),
+            f"`full.rounding: {config.full.rounding}` keeps numbers beside every weight on the device, which "
+            "`memory.stream_blocks` is to relieve",
+            "set `full.rounding` to stochastic, or `memory.stream_blocks` to 0",
+        )
+    if full and memory.stream_blocks and memory.fused_backward is False:
+        yield Contradiction(
+            ("memory.stream_blocks", "memory.fused_backward"),
+            "`memory.stream_blocks` moves a block's weights before it leaves the device, but `memory.fused_backward` "
+            "is false",
+            "leave `memory.fused_backward` out",
+        )
 
 
 def _doubled_sources(config: RunConfig) -> Iterator[Contradiction]:
@@ -467,6 +536,21 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
         ("lora.alpha", "lora.targets", "lora.dropout"),
         lambda run: run.finetune_type == "full",
         "`finetune_type` is full, so every weight is trained and the LoRA is extracted afterwards at `lora_rank`",
+    ),
+    (
+        (*(f"full.{name}" for name in FullConfig.model_fields), "memory.fused_backward", "export.keep_full"),
+        lambda run: run.finetune_type == "lora",
+        "`finetune_type` is lora, so the model's own weights are not trained",
+    ),
+    (
+        ("optim.betas",),
+        lambda run: run.optim.name == "adafactor",
+        "`optim.name` is adafactor, which keeps no mean of the gradients and has its own rule for their squares",
+    ),
+    (
+        ("optim.ema_every",),
+        lambda run: run.optim.ema_decay is None,
+        "`optim.ema_decay` is null, so no average is kept",
     ),
     (
         ("schedule.name",),

@@ -6,7 +6,7 @@
     │   ├── DataError              the pictures or captions
     │   ├── ModelError             a model name, folder or checkpoint
     │   └── AdapterError           a LoRA file
-    ├── NonFiniteError         loss or gradient is not a number; the update was not made
+    ├── NonFiniteError         loss or gradient is not a number; nothing of that step is saved
     ├── StorageError           the disk is full or cannot be written
     └── StoppedByUser          exit code 130: interrupted, everything reported as saved is saved
 
@@ -64,7 +64,7 @@ class AdapterError(InputError):
 
 
 class NonFiniteError(FluxFTError):
-    """Loss or gradient is not a number; the update was not made."""
+    """Loss or gradient is not a number; nothing of that step is saved."""
 
 
 class StorageError(FluxFTError):

@@ -18,8 +18,13 @@ from torch import Tensor
 
 def keyed_generator(seed: int, *key: int | str) -> torch.Generator:
     """A CPU generator that depends on `seed` and `key` alone. CPU: one key gives one noise on every device."""
+    return torch.Generator().manual_seed(key_seed(seed, *key))
+
+
+def key_seed(seed: int, *key: int | str) -> int:
+    """63 bits that depend on `seed` and `key` alone."""
     digest = blake2b("/".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -62,13 +62,25 @@ class Checked:
             f"sizes     {', '.join(sizes[:SIZES_AT_MOST])}"
             + (f" and {len(sizes) - SIZES_AT_MOST} more" if len(sizes) > SIZES_AT_MOST else ""),
             *(f"caption   {one.file.name}: {_cut(one.caption)}" for one in shown),
-            f"training  LoRA rank {config.lora_rank}, {config.iterations:,} steps of "
+            f"training  {self.trained}, {config.iterations:,} steps of "
             f"{per_step} picture{'' if per_step == 1 else 's'} ({seen}), "
             f"learning rate {config.resolved_learning_rate:g}",
             f"output    {config.output_dir}",
             "ok",
         ]  # fmt: skip
         return "\n".join(lines)
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in words."""
+        rank = self.config.lora_rank
+        if self.config.finetune_type == "lora":
+            return f"LoRA rank {rank}"
+        part = self.config.full.train
+        which = (
+            "all weights" if part == "all" else "some weights" if isinstance(part, tuple) else f"weights of the {part}"
+        )
+        return f"{which}, then a LoRA of rank {rank} extracted"
 
     def _captions_shown(self) -> list[Sample]:
         """A few pictures whose captions differ, without those that are still to be described."""
@@ -162,15 +174,15 @@ def ingest_rules(config: RunConfig, variant: Variant) -> Rules:
 def check_run(config: RunConfig) -> Checked:
     """All of a run that can be checked without loading a model. Raises InputError; reads pictures, writes nothing."""
     variant, _ = find_variant(config.model, config.model_parts)
-    if config.finetune_type == "full":
-        raise ConfigError(
-            "`finetune_type: full` is not built yet; this version trains LoRAs",
-            hint="set `finetune_type: lora`",
-        )
     if variant.distilled and not config.allow_distilled:
         raise ModelError(
             f"`model: {config.model}` is step-distilled: training it undoes the distillation",
             hint="train on flux1-dev and use the LoRA on both, or set `allow_distilled: true`",
+        )
+    if config.optim.name.endswith("8bit") and find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"`optim.name: {config.optim.name}` needs bitsandbytes, which is not installed",
+            hint="pip install bitsandbytes, or use `adafactor`, whose state is smaller still",
         )
     for tracker in config.logging.trackers:
         if find_spec(tracker) is None:

@@ -25,27 +25,32 @@ TRAINED = "trained"
 ATTENTION = r".*\.attn\..*"
 
 
-def choose_targets(linears: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """The module paths to adapt out of `linears`: "blocks" is all, "attention" the attention's, else regexes.
+def choose_targets(
+    names: Sequence[str],
+    targets: str | Sequence[str],
+    setting: str = "lora.targets",
+    what: str = "linears inside the blocks",
+) -> list[str]:
+    """Those of `names` that are trained: "blocks" is all, "attention" the attention's, else regexes.
 
-    Raises ConfigError when a regular expression is broken or matches nothing.
+    `setting` and `what` are for the ConfigError when a regular expression is broken or matches nothing.
     """
     if targets == "blocks":
-        return list(linears)
+        return list(names)
     patterns = [ATTENTION] if targets == "attention" else list(targets)
     chosen: set[str] = set()
     for pattern in patterns:
         try:
-            matched = {name for name in linears if re.fullmatch(pattern, name)}
+            matched = {name for name in names if re.fullmatch(pattern, name)}
         except re.error as error:
-            raise ConfigError(f"`lora.targets`: {pattern!r} is not a regular expression: {error}") from error
+            raise ConfigError(f"`{setting}`: {pattern!r} is not a regular expression: {error}") from error
         if not matched:
             raise ConfigError(
-                f"`lora.targets`: {pattern!r} matches none of the {len(linears)} linears inside the blocks",
-                hint=f"the whole path must match, for example {re.escape(linears[0])!r} or '.*attn.*'",
+                f"`{setting}`: {pattern!r} matches none of the {len(names)} {what}",
+                hint=f"the whole path must match, for example {re.escape(names[0])!r} or '.*attn.*'",
             )
         chosen |= matched
-    return [name for name in linears if name in chosen]
+    return [name for name in names if name in chosen]
 
 
 def attach_new(
@@ -73,17 +78,22 @@ def attach_new(
     return parameters
 
 
-def attach_states(denoiser: nn.Module, adapters: Sequence[tuple[str, AdapterState, float]]) -> None:
-    """Attach finished LoRAs, each (name, state, strength), all active at once. Raises AdapterError if one misfits."""
+def attach_states(
+    denoiser: nn.Module, adapters: Sequence[tuple[str, AdapterState, float]], device: torch.device | None = None
+) -> None:
+    """Attach finished LoRAs, each (name, state, strength), all active at once. Raises AdapterError if one misfits.
+
+    On `device`, or where the weights are that they act on.
+    """
     for name, state, strength in adapters:
         check_fit(denoiser, state, name)
         ranks = {path: layer.rank for path, layer in state.layers.items()}
         alphas = {path: layer.alpha * strength for path, layer in state.layers.items()}
         _inject(denoiser, name, ranks, alphas, dropout=0.0)
         for path, layer in _layers(denoiser, name):
-            base = layer.get_base_layer().weight
-            _write(layer.lora_A[name], state.layers[path].down_RI, base)
-            _write(layer.lora_B[name], state.layers[path].up_OR, base)
+            place = device or layer.get_base_layer().weight.device
+            _write(layer.lora_A[name], state.layers[path].down_RI, place)
+            _write(layer.lora_B[name], state.layers[path].up_OR, place)
     names = [name for name, _, _ in adapters]
     for module in denoiser.modules():
         if isinstance(module, PeftLoraLayer):
@@ -122,28 +132,6 @@ def read_trained(denoiser: nn.Module) -> AdapterState:
         up = layer.lora_B[TRAINED].weight.detach().float().cpu().clone()
         layers[path] = LoraLayer(down_RI=down, up_OR=up, alpha=float(layer.lora_alpha[TRAINED]))
     return AdapterState(layers)
-
-
-def write_trained(denoiser: nn.Module, state: AdapterState) -> None:
-    """Put `state` into the LoRA that training attached: exactly the same modules and shapes, or AdapterError."""
-    layers = dict(_layers(denoiser, TRAINED))
-    if layers.keys() != state.layers.keys():
-        odd = min(layers.keys() ^ state.layers.keys())
-        raise AdapterError(
-            f"the checkpoint's LoRA has {len(state.layers)} modules, this run's {len(layers)}; first difference: {odd}",
-            hint="resume with the `lora` settings that the checkpoint was made with",
-        )
-    with torch.no_grad():
-        for path, layer in layers.items():
-            saved = state.layers[path]
-            if saved.down_RI.shape != layer.lora_A[TRAINED].weight.shape:
-                raise AdapterError(
-                    f"the checkpoint's LoRA has rank {saved.rank} at {path}, "
-                    f"this run's {layer.lora_A[TRAINED].weight.shape[0]}",
-                    hint="resume with the `lora_rank` that the checkpoint was made with",
-                )
-            layer.lora_A[TRAINED].weight.copy_(saved.down_RI)
-            layer.lora_B[TRAINED].weight.copy_(saved.up_OR)
 
 
 def check_fit(denoiser: nn.Module, state: AdapterState, name: str) -> None:
@@ -188,8 +176,8 @@ def _layers(denoiser: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
             yield path, module
 
 
-def _write(linear: nn.Linear, value: Tensor, like: Tensor) -> None:
-    linear.to(like.device, torch.float32)
+def _write(linear: nn.Linear, value: Tensor, device: torch.device) -> None:
+    linear.to(device, torch.float32)
     with torch.no_grad():
         linear.weight.copy_(value)
     linear.weight.requires_grad_(False)

@@ -95,6 +95,10 @@ class Family(Protocol):
         self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
     ) -> Tensor: ...
 
+    def blocks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The blocks by module path, in the order in which they run."""
+        ...
+
     def lora_targets(self, denoiser: nn.Module) -> list[str]:
         """Module paths of the linears inside the blocks, in a fixed order."""
         ...

@@ -156,12 +156,21 @@ class Flux1:
         )[0]
         return unpack(velocity_BND, height, width)
 
+    def blocks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The double blocks, then the single ones."""
+        return {
+            f"{name}.{index}": block
+            for name in ("transformer_blocks", "single_transformer_blocks")
+            for index, block in enumerate(cast(nn.ModuleList, denoiser.get_submodule(name)))
+        }
+
     def lora_targets(self, denoiser: nn.Module) -> list[str]:
         """Every linear inside a block, by module path, in the model's own order."""
         return [
-            name
-            for name, module in denoiser.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith(("transformer_blocks.", "single_transformer_blocks."))
+            f"{path}.{name}"
+            for path, block in self.blocks(denoiser).items()
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
         ]
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: all that is needed to go on, written whole or not at all.
 
-A checkpoint is a folder `step-000100` with the LoRA, the optimizer's state and, written last, a manifest of sizes and
-SHA-256. It is made under another name and renamed; older ones go only after the new one is in place.
+A checkpoint is a folder `step-000100` with the trained weights, the optimizer's state and, written last, a manifest of
+sizes and SHA-256. It is made under another name and renamed; older ones go only after the new one is in place.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flux_ft.errors import ConfigError, StorageError
-from flux_ft.types import AdapterState, LoraLayer
 
 MANIFEST = "manifest.json"
-FILES = {"lora.safetensors", "optimizer.pt"}
+FILES = {"weights.safetensors", "optimizer.pt"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,10 @@ class Checkpoint:
     """A run's state after `step` optimizer steps."""
 
     step: int
-    adapter: AdapterState
+    weights: dict[str, torch.Tensor]
+    """What is trained, by name: a LoRA's factors, or weights of the model itself."""
     optimizer: dict[str, Any]
+    """The optimizer's state, and whatever else goes with the weights."""
     fingerprint: dict[str, Any]
     """What must be the same for the run to go on: settings by dotted key, the data's digest."""
 
@@ -44,7 +45,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        save_file(_flatten(checkpoint.adapter), staging / "lora.safetensors")
+        save_file(checkpoint.weights, staging / "weights.safetensors")
         torch.save(checkpoint.optimizer, staging / "optimizer.pt")
         files = {path.name: _describe(path) for path in sorted(staging.iterdir())}
         manifest = {"step": checkpoint.step, "fingerprint": checkpoint.fingerprint, "files": files}
@@ -112,25 +113,9 @@ def _read(path: Path) -> Checkpoint:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     return Checkpoint(
         step=manifest["step"],
-        adapter=_unflatten(load_file(path / "lora.safetensors")),
+        weights=load_file(path / "weights.safetensors"),
         optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         fingerprint=manifest["fingerprint"],
-    )
-
-
-def _flatten(adapter: AdapterState) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path, layer in adapter.layers.items():
-        tensors[f"{path}.down"] = layer.down_RI.contiguous()
-        tensors[f"{path}.up"] = layer.up_OR.contiguous()
-        tensors[f"{path}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float64)
-    return tensors
-
-
-def _unflatten(tensors: dict[str, torch.Tensor]) -> AdapterState:
-    paths = [key.removesuffix(".down") for key in tensors if key.endswith(".down")]
-    return AdapterState(
-        {p: LoraLayer(tensors[f"{p}.down"], tensors[f"{p}.up"], float(tensors[f"{p}.alpha"])) for p in sorted(paths)}
     )
 
 

@@ -1,23 +1,293 @@
-"""Optimizers and learning-rate schedules, as tables: one more is one more row."""
+"""Gradients into weights: optimizers and schedules as tables, rounding to bf16, updates inside the backward pass.
+
+Weights of the model itself are bf16 on a GPU, where a step of 1e-5 is far below half a unit in the last place: rounding
+to nearest would lose it. So every such weight is widened to float32, moved, and rounded back by one of `ROUNDINGS`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from flux_ft.config import OptimConfig
+from flux_ft.flow import key_seed
+
+# --- Optimizers. One more is one more row. ---
+
+Parameters = Sequence[nn.Parameter]
+Factory = Callable[[Parameters, float, OptimConfig], torch.optim.Optimizer]
 
 
-def _adamw(parameters: Sequence[nn.Parameter], rate: float, optim: OptimConfig) -> torch.optim.Optimizer:
+def _adamw(parameters: Parameters, rate: float, optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=rate, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
 
 
-OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter], float, OptimConfig], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
+def _adamw8bit(parameters: Parameters, rate: float, optim: OptimConfig, paged: bool = False) -> torch.optim.Optimizer:
+    import bitsandbytes  # not on every platform, and slow to load
+
+    kind = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+    made: torch.optim.Optimizer = kind(parameters, lr=rate, betas=optim.betas, weight_decay=optim.weight_decay)
+    return made
+
+
+def _adafactor(parameters: Parameters, rate: float, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Shazeer and Stern 2018 (arXiv 1804.04235) at a given rate: steps do not follow the weights' own size."""
+    made: torch.optim.Optimizer = Adafactor(
+        parameters, lr=rate, weight_decay=optim.weight_decay, scale_parameter=False, relative_step=False,
+        warmup_init=False,
+    )  # fmt: skip
+    return made
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer."""
+
+    make: Factory
+    state_bytes: float
+    """Of its state, for each weight."""
+    requires: str | None = None
+    """A package that has to be installed."""
+
+
+OPTIMIZERS = {
+    "adamw": Row(_adamw, 8),
+    "adamw8bit": Row(_adamw8bit, 2.04, "bitsandbytes"),
+    "paged-adamw8bit": Row(partial(_adamw8bit, paged=True), 2.04, "bitsandbytes"),
+    "adafactor": Row(_adafactor, 0.01),
 }
+LARGE_PARAMETERS = 1_000_000_000
+"""From this size on, a model's activations are recomputed, and AdamW's state, four times the weights, is too much for
+a card."""
+
+
+def resolve_optimizer(name: str, trained: int) -> str:
+    """`auto` is AdamW, but Adafactor where so many weights are trained that AdamW's state would not fit a card."""
+    if name != "auto":
+        return name
+    return "adafactor" if trained >= LARGE_PARAMETERS else "adamw"
+
+
+# --- Rounding. ---
+
+
+def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bf16, up or down with the chances that make the mean come out right.
+
+    Gupta et al. 2015 (arXiv 1502.02551). bf16 is the upper half of float32: sixteen random bits are added below what
+    stays, and the carry decides. Zeros, infinities and what bf16 holds exactly stay as they are.
+    """
+    noise = torch.randint(0, 1 << 16, wide.shape, dtype=torch.int32, device=wide.device, generator=generator)
+    return noise.add_(wide.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a bf16 weight is kept between updates: `extra` is what is kept beside it."""
+
+    extra: Callable[[Tensor], Tensor | None]
+    widen: Callable[[Tensor, Tensor | None], Tensor]
+    """The float32 weight that the optimizer moves, from the bf16 weight and what is beside it."""
+    narrow: Callable[[Tensor, Tensor, Tensor | None, torch.Generator], None]
+    """Writes (wide) into (weight, extra)."""
+    extra_bytes: int
+    """For each weight."""
+
+
+def _narrow_stochastic(wide: Tensor, weight: Tensor, extra: Tensor | None, generator: torch.Generator) -> None:
+    weight.copy_(stochastic_round(wide, generator))
+
+
+def _narrow_kahan(wide: Tensor, weight: Tensor, extra: Tensor | None, generator: torch.Generator) -> None:
+    assert extra is not None
+    weight.copy_(wide)
+    # To nearest would lose steps again: those below 2^-17 of the weight, 1e-5 for the scales of norms.
+    extra.copy_(stochastic_round(wide - weight.float(), generator))
+
+
+def _narrow_master(wide: Tensor, weight: Tensor, extra: Tensor | None, generator: torch.Generator) -> None:
+    weight.copy_(wide)
+
+
+def _sum(weight: Tensor, extra: Tensor | None) -> Tensor:
+    return weight.float() if extra is None else weight.float().add_(extra)
+
+
+def _master(weight: Tensor, extra: Tensor | None) -> Tensor:
+    assert extra is not None
+    return extra
+
+
+ROUNDINGS = {
+    "stochastic": Rounding(lambda weight: None, _sum, _narrow_stochastic, 0),
+    # What rounding took away, in bf16 too: some seventeen bits together (Kahan's compensated sum, 1965).
+    "kahan": Rounding(torch.zeros_like, _sum, _narrow_kahan, 2),
+    "master": Rounding(lambda weight: weight.float(), _master, _narrow_master, 4),
+}
+
+
+# --- Updates. ---
+
+
+class Updates:
+    """The optimizer's side of a run: from `parameter.grad` to moved weights.
+
+    One optimizer over all parameters; or one a parameter, where they are moved one at a time: bf16 weights, of which
+    one is widened at once, and `fused_backward`, which moves each as soon as the backward pass has its gradient and
+    drops that, so that the gradients of the whole model never exist. There the norm of all of them is not known in
+    time, and `max_norm` holds for each parameter's own.
+    """
+
+    def __init__(
+        self,
+        trained: Mapping[str, nn.Parameter],
+        make: Callable[[Parameters], torch.optim.Optimizer],
+        *,
+        rounding: str = "stochastic",
+        fused_backward: bool = False,
+        max_norm: float = math.inf,
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device` is where weights are moved, if that is not where they are now: streamed ones only visit it."""
+        self._device = device
+        self._trained, self._seed, self._max_norm = dict(trained), seed, max_norm
+        self.fused_backward = fused_backward
+        self._rounding = ROUNDINGS[rounding]
+        narrow = {name for name, parameter in trained.items() if parameter.dtype is torch.bfloat16}
+        alone = fused_backward or bool(narrow)
+        groups = [[name] for name in trained] if alone else [list(trained)]
+        self._optimizers = {group[0]: make([trained[name] for name in group]) for group in groups}
+        self._extra = {name: self._rounding.extra(trained[name].data) for name in trained if name in narrow}
+        self._squares: list[Tensor] = []
+        self._step = 0
+        if fused_backward:
+            for name, parameter in trained.items():
+                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, name))  # type: ignore[no-untyped-call]
+
+    def begin(self, step: int, rate: float) -> None:
+        """Set what the update that makes `step` (0-based) into `step + 1` goes by."""
+        self._step, self._squares = step, []
+        for optimizer in self._optimizers.values():
+            set_rate(optimizer, rate)
+
+    def finish(self) -> None:
+        """Move what has not been moved in the backward pass, and drop the gradients."""
+        if not self.fused_backward:
+            for name in self._optimizers:
+                self._move(name)
+        for parameter in self._trained.values():
+            parameter.grad = None
+
+    def norm(self) -> Tensor:
+        """Of all gradients of a fused backward pass, before they were clipped."""
+        return torch.stack(self._squares).sum().sqrt()
+
+    def is_precise(self, name: str) -> bool:
+        """Whether a weight is known more precisely than it is stored in the model."""
+        return self._extra.get(name) is not None
+
+    def precise(self, name: str) -> Tensor:
+        """A trained weight as precisely as it is known."""
+        weight = self._trained[name].detach()
+        extra = self._extra.get(name)
+        return weight if extra is None else self._rounding.widen(weight, extra)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers alone."""
+        return {
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
+            "extra": {name: extra for name, extra in self._extra.items() if extra is not None},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave. Raises KeyError when it is of other parameters."""
+        with _as_moved(self._trained.values(), self._device):
+            for name, optimizer in self._optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
+        for name, extra in self._extra.items():
+            if extra is not None:
+                extra.copy_(state["extra"][name])
+
+    def _on_gradient(self, name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self._squares.append(norm.square())
+        if math.isfinite(self._max_norm):
+            gradient.mul_((self._max_norm / (norm + 1e-6)).clamp(max=1.0))
+        self._move(name)
+        parameter.grad = None
+
+    def _move(self, name: str) -> None:
+        parameter, optimizer = self._trained[name], self._optimizers[name]
+        if name not in self._extra:
+            optimizer.step()
+            return
+        weight, gradient, extra = parameter.data, parameter.grad, self._extra[name]
+        if gradient is None:
+            return
+        # The optimizer sees a float32 parameter: torch's, transformers' and bitsandbytes' need no other version.
+        parameter.grad = None
+        parameter.data = self._rounding.widen(weight, extra)
+        parameter.grad = gradient.float()
+        try:
+            optimizer.step()
+            wide = parameter.data
+        finally:
+            parameter.grad = None
+            parameter.data = weight
+        generator = torch.Generator(weight.device).manual_seed(key_seed(self._seed, "rounding", self._step, name))
+        self._rounding.narrow(wide, weight, extra, generator)
+
+
+@contextmanager
+def _as_moved(parameters: Iterable[nn.Parameter], device: torch.device | None) -> Iterator[None]:
+    """Within, parameters are float32 on `device`: optimizers cast what they load to the weights' dtype and device."""
+    kept = [(parameter, parameter.data) for parameter in parameters]
+    for parameter, weight in kept:
+        parameter.data = torch.empty(0, dtype=torch.float32, device=device or weight.device)
+    try:
+        yield
+    finally:
+        for parameter, weight in kept:
+            parameter.data = weight
+
+
+class Average:
+    """An exponential average of the trained weights, float32 in host memory.
+
+    It begins at the first weights, and at first forgets faster, so that a short run is not held to them: the share kept
+    is at most (1 + n) / (10 + n) after n steps (Polyak averaging as TensorFlow and diffusers warm it up).
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], decay: float, every: int) -> None:
+        self._decay, self._every = decay, every
+        self.weights = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trained.items()
+        }
+
+    def due(self, step: int) -> bool:
+        """Whether the average takes in the weights after `step` steps."""
+        return step % self._every == 0
+
+    @torch.no_grad()
+    def update(self, step: int, read: Callable[[str], Tensor]) -> None:
+        """Take in the weights after `step` steps, one at a time."""
+        kept = min(self._decay, (1 + step) / (10 + step)) ** self._every
+        for name, average in self.weights.items():
+            average.lerp_(read(name).to("cpu", torch.float32), 1 - kept)
+
+
+# --- Learning rates. ---
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,

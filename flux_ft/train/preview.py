@@ -6,6 +6,8 @@ Nothing here may touch the training: no global random state, no gradients, the d
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,26 +39,37 @@ class PreviewPlan:
     guidance: float
 
 
-def write_previews(
-    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int
-) -> list[Path]:
-    """Draw every prompt and write `folder/step-…/00.png`, … and the prompts; one at a time, to need little memory."""
+def draw_previews(
+    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module
+) -> Generator[Image.Image, None, None]:
+    """The pictures of every prompt, in order, each drawn when it is asked for: one at a time needs little memory.
+
+    When it ends or is closed, the denoiser is back in its mode and the autoencoder on the CPU.
+    """
     was_training = denoiser.training
     denoiser.eval()
-    device = next(denoiser.parameters()).device
-    vae.to(device)
-    paths = []
+    vae.to(next(denoiser.parameters()).device)
     try:
         for index, cond in enumerate(plan.conds):
             noise = initial_noise(family.latent_shape(plan.width_px, plan.height_px), [plan.seed + index])
             latents = sample_latents(family, denoiser, noise, cond, plan.steps, plan.guidance)
-            path = folder / f"step-{step:06d}" / f"{index:02d}.png"
-            save_png(to_image(family.decode_latents(vae, latents)[0]), path)
-            paths.append(path)
-        write_whole(folder / f"step-{step:06d}" / PROMPTS_FILE, json.dumps(plan.prompts).encode())
+            yield to_image(family.decode_latents(vae, latents)[0])
     finally:
         denoiser.train(was_training)
         vae.to("cpu")
+
+
+def write_previews(
+    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int
+) -> list[Path]:
+    """Draw every prompt and write `folder/step-…/00.png`, … and the prompts."""
+    paths = []
+    with closing(draw_previews(plan, family, denoiser, vae)) as images:
+        for index, image in enumerate(images):
+            path = folder / f"step-{step:06d}" / f"{index:02d}.png"
+            save_png(image, path)
+            paths.append(path)
+    write_whole(folder / f"step-{step:06d}" / PROMPTS_FILE, json.dumps(plan.prompts).encode())
     return paths
 
 

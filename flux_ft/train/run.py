@@ -34,26 +34,30 @@ from flux_ft.plan import check_run
 from flux_ft.runfile import dump_run
 from flux_ft.train import checkpoint
 from flux_ft.train.captions import with_captions
-from flux_ft.train.card import model_card, plot_losses
-from flux_ft.train.loop import Acts, StepResult, train_steps, validation_loss
+from flux_ft.train.card import ExtractionFacts, model_card, plot_losses
+from flux_ft.train.full import extract_lora, prove_extraction, use_average
+from flux_ft.train.loop import Acts, StepResult, keep_base_velocity, train_steps, validation_loss
+from flux_ft.train.optim import OPTIMIZERS, ROUNDINGS
 from flux_ft.train.preview import preview_grid, write_previews
 from flux_ft.train.setup import (
     TrainData,
     TrainState,
     data_digest,
     draw_prior,
+    fuses_backward,
     make_accelerator,
     prepare_data,
     prepare_model,
 )
-from flux_ft.types import DatasetReport
+from flux_ft.types import AdapterState, DatasetReport
 
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
 DATA_IN_LOOP = {"unmasked_weight", "caption_dropout", "tag_orders", "resample_latents"}
 """What of `data` acts in each step; all else acts on the pictures, whose digest tells it."""
 FREE_TO_CHANGE = {
     *("output", "finetune_comment", "preview", "validation.every", "checkpoint", "export", "logging", "captioning"),
-    *("webhook_url", "webhook_secret", "memory.recompute", "captioner", "priority"),
+    *("webhook_url", "webhook_secret", "captioner", "priority"),
+    *(f"memory.{name}" for name in ("recompute", "fused_backward", "stream_blocks")),
     *(f"data.{name}" for name in DataConfig.model_fields if name not in DATA_IN_LOOP),
     *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate"),
 }
@@ -107,6 +111,7 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     state = prepare_model(config, family, accelerator)
     require_space(folder, state, config)
     prior = draw_prior(config, family, data, state)
+    keep_base_velocity(state, family, config, prior, found.step if found else 0)
     if found is not None:
         restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
@@ -125,13 +130,21 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
         accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
     accelerator.wait_for_everyone()
-    loras, worst = export(state, config, family, data, folder, started) if accelerator.is_main_process else ({}, 0.0)
+    loras, worst, extraction = dict[str, Path](), 0.0, None
+    if accelerator.is_main_process:
+        use_average(state)
+        if config.finetune_type == "lora":
+            loras, worst = export(state, config, family, data, lora.read_trained(state.bare), started)
+        else:
+            adapter, about = extract_lora(state, config)
+            loras, worst = export(state, config, family, data, adapter, started)
+            extraction = prove_extraction(state, config, family, data, preview_vae, about, loras)
     rows = read_metrics(folder)
     tail = [row["loss"] for row in rows if "loss" in row]
     tail = tail[-max(1, len(tail) // 10) :]
     result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)))
     if accelerator.is_main_process:
-        finish_folder(config, family, data, result, rows)
+        finish_folder(config, family, data, result, rows, extraction, state.optimizer)
     accelerator.end_training()
     return result
 
@@ -225,22 +238,53 @@ def only_the_cache(folder: Path) -> bool:
 
 
 def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
-    """Raise StorageError unless checkpoints, exports and pictures will fit."""
-    weights = sum(parameter.numel() for parameter in state.parameters)
-    checkpoint_bytes = weights * 12  # float32 weight and two moments
-    exports = weights * 4 * 2.6  # both files; fused block-diagonally, the kohya file holds 1.6 times the numbers
-    need = checkpoint_bytes * (config.checkpoint.keep + 1) + exports + 20_000_000
+    """Raise StorageError unless checkpoints, exports and pictures will fit; say the need where it is not small."""
+    one, exports = checkpoint_bytes(state, config), export_bytes(state, config)
+    saved = 0 if config.checkpoint.every is None else one * (config.checkpoint.keep + 1)
+    need = saved + exports + 20_000_000
     free = shutil.disk_usage(folder).free
+    told = (
+        f"{need / 1e9:.2f} GB, of which checkpoints {saved / 1e9:.2f} GB ({config.checkpoint.keep} kept, one more "
+        f"being written) and exported files {exports / 1e9:.2f} GB"
+    )
     if free < need:
         raise StorageError(
-            f"{folder}: {free / 1e9:.2f} GB are free, this run needs about {need / 1e9:.2f} GB",
-            hint="free some disk space, choose another `output`, or lower `checkpoint.keep`",
+            f"{folder}: {free / 1e9:.2f} GB are free, this run needs about {told}",
+            hint="free some disk space, choose another `output`, or lower `checkpoint.keep`"
+            + (", or set `export.keep_full: false`" if config.export.keep_full else ""),
         )
+    if config.finetune_type == "full":
+        log.say(f"disk: this run needs about {told}; {free / 1e9:.2f} GB are free")
+
+
+def checkpoint_bytes(state: TrainState, config: RunConfig) -> float:
+    """About the size of one checkpoint."""
+    count = sum(parameter.numel() for parameter in state.trained.values())
+    stored = sum(parameter.nbytes for parameter in state.trained.values())
+    narrow = sum(parameter.numel() for parameter in state.trained.values() if parameter.dtype is torch.bfloat16)
+    averaged = 0 if state.average is None else 4 * count
+    return (
+        stored + count * OPTIMIZERS[state.optimizer].state_bytes + narrow * ROUNDINGS[config.full.rounding].extra_bytes
+        + averaged
+    )  # fmt: skip
+
+
+def export_bytes(state: TrainState, config: RunConfig) -> float:
+    """About the size of all files that are exported."""
+    itemsize = EXPORT_DTYPES[config.export.dtype].itemsize
+    if config.finetune_type == "lora":
+        count = sum(parameter.numel() for parameter in state.trained.values())
+        return count * itemsize * 2.6  # both files; fused block-diagonally, the kohya file holds 1.6 times the numbers
+    everything = list(state.bare.named_parameters())
+    lora_count = sum(config.lora_rank * sum(p.shape) for _, p in everything if p.ndim == 2)
+    full = sum(p.numel() for _, p in everything) if config.export.keep_full else 0
+    return (2 * lora_count + full) * itemsize
 
 
 def run_fingerprint(config: RunConfig, report: DatasetReport, world: int) -> dict[str, Any]:
     """What must not change between a stop and a resume: settings by dotted key, and what follows from several."""
     facts: dict[str, Any] = {
+        "weights moved in the backward pass": fuses_backward(config, world),
         "digest of all pictures, captions, repeats and weights": data_digest(report)[:16],
         "learning rate": config.resolved_learning_rate,
         "pictures per step": config.optim.batch_size * config.optim.accumulate * world,
@@ -281,9 +325,23 @@ def find_checkpoint(folder: Path, fingerprint: dict[str, Any], config: RunConfig
 
 
 def restore(state: TrainState, found: checkpoint.Checkpoint) -> None:
-    """Bring `state` to where the checkpoint was made."""
-    lora.write_trained(state.bare, found.adapter)
-    state.optimizer.load_state_dict(found.optimizer)
+    """Bring `state` to where the checkpoint was made. Raises ConfigError when it is of other weights."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in state.trained.items()}
+    saved = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+    if shapes != saved:
+        odd = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+        raise ConfigError(
+            f"the checkpoint of step {found.step} holds other weights than this run trains; first: `{odd}` is "
+            f"{saved.get(odd, 'missing')}, expected {shapes.get(odd, 'no such weight')}",
+            hint="resume with the `model`, `lora` and `full` settings that it was made with",
+        )
+    state.settle()
+    with torch.no_grad():
+        for name, parameter in state.trained.items():
+            parameter.copy_(found.weights[name])
+    state.updates.load_state_dict(found.optimizer["updates"])
+    if state.average is not None:
+        state.average.weights.update(found.optimizer["average"])
     state.step = found.step
     log.say(f"resumed from step {found.step}")
 
@@ -378,15 +436,20 @@ def _preview(
 def _save(state: TrainState, config: RunConfig, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:
     if not state.accelerator.is_main_process:
         return
-    made = checkpoint.Checkpoint(step, lora.read_trained(state.bare), state.optimizer.state_dict(), fingerprint)
+    state.settle()
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in state.trained.items()}
+    optimizer = {"updates": state.updates.state_dict()}
+    if state.average is not None:
+        optimizer["average"] = state.average.weights
+    made = checkpoint.Checkpoint(step, weights, optimizer, fingerprint)
     checkpoint.save(folder / "checkpoints", made, config.checkpoint.keep)
 
 
 def export(
-    state: TrainState, config: RunConfig, family: Family, data: TrainData, folder: Path, started: str
+    state: TrainState, config: RunConfig, family: Family, data: TrainData, adapter: AdapterState, started: str
 ) -> tuple[dict[str, Path], float]:
     """Write the LoRA in every wished format, read each back and compare. Returns the files and the worst error."""
-    adapter = lora.read_trained(state.bare)
+    folder = config.output_dir
     sizes = [one.bucket for one in data.report.placed]
     largest = max(sizes, key=lambda bucket: bucket.width_px * bucket.height_px)
     info = ExportInfo(
@@ -398,7 +461,7 @@ def export(
         steps=state.step,
         seed=config.seed,
         learning_rate=config.resolved_learning_rate,
-        optimizer=config.optim.name,
+        optimizer=state.optimizer,
         num_images=data.examples.pictures,
         resolution=f"{largest.width_px}x{largest.height_px}",
         started=started,
@@ -426,7 +489,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def finish_folder(
-    config: RunConfig, family: Family, data: TrainData, result: TrainResult, rows: list[dict[str, Any]]
+    config: RunConfig,
+    family: Family,
+    data: TrainData,
+    result: TrainResult,
+    rows: list[dict[str, Any]],
+    extraction: ExtractionFacts | None,
+    optimizer: str,
 ) -> None:
     """Loss plot, grid of previews and model card."""
     started = time.monotonic()
@@ -436,6 +505,8 @@ def finish_folder(
         grid = preview_grid(result.folder / "previews", data.preview.prompts)
         if grid is not None:
             save_png(grid, result.folder / "previews.png")
-    card = model_card(config, family.variant, data, result.loras, result.steps, result.loss, grid is not None)
+    card = model_card(
+        config, family.variant, data, result.loras, result.steps, result.loss, grid is not None, extraction, optimizer
+    )
     write_whole(result.folder / "README.md", card.encode())
     log.say(f"wrote {result.folder / 'README.md'} and its pictures in {time.monotonic() - started:.1f} s")

@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from torch import nn
+from accelerate.utils import AutocastKwargs
+from torch import Tensor, nn
 
 from flux_ft import flow, log
 from flux_ft.adapters import lora
@@ -27,15 +29,15 @@ from flux_ft.config import RunConfig
 from flux_ft.data.cache import Examples, cache_latents, cache_texts, load_examples, load_text
 from flux_ft.data.captions import tag_orders
 from flux_ft.data.loader import split_holdout
+from flux_ft.errors import ConfigError
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
 from flux_ft.infer.sampler import sample_latents
-from flux_ft.train.optim import OPTIMIZERS
+from flux_ft.train.optim import LARGE_PARAMETERS, OPTIMIZERS, Average, Updates, resolve_optimizer
 from flux_ft.train.preview import PreviewPlan
+from flux_ft.train.recompute import apply_recompute
+from flux_ft.train.stream import BlockStream, choose_streamed
 from flux_ft.types import CachedExample, DatasetReport, TextCond
-
-LARGE_PARAMETERS = 1_000_000_000
-"""From this size on, activations are recomputed unless `memory.recompute` says otherwise."""
 
 
 @dataclass
@@ -47,9 +49,21 @@ class TrainState:
     """As prepared by accelerate: call this one."""
     bare: nn.Module
     """The same denoiser without a wrapper for several processes: read and draw with this one."""
-    parameters: list[nn.Parameter]
-    optimizer: Any
+    trained: dict[str, nn.Parameter]
+    """What is moved, by its name in `bare`: a LoRA's factors, or weights of the model itself."""
+    updates: Updates
+    optimizer: str
+    """Its name in the table."""
+    average: Average | None = None
+    stream: BlockStream | None = None
+    kept_velocity: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    """What the base model predicts on prior prompts, by (step, slots); empty where it can be asked at any time."""
     step: int = 0
+
+    def settle(self) -> None:
+        """Bring streamed weights home, so that they can be read or written by name."""
+        if self.stream is not None:
+            self.stream.flush()
 
 
 @dataclass(frozen=True)
@@ -148,37 +162,108 @@ def prepare_data(
 
 
 def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -> TrainState:
-    """Load the denoiser, attach the LoRA, hand both to accelerate. Raises ModelError or ConfigError."""
-    denoiser = family.load_denoiser(accelerator.device, base_dtype(config, accelerator.device))
-    targets = lora.choose_targets(family.lora_targets(denoiser), config.lora.targets)
-    alpha = float(config.lora_rank if config.lora.alpha is None else config.lora.alpha)
-    parameters = lora.attach_new(denoiser, targets, config.lora_rank, alpha, config.lora.dropout, config.seed)
+    """Load the denoiser, choose or attach what is trained, hand it to accelerate. Raises ModelError or ConfigError."""
+    streams = config.memory.stream_blocks > 0
+    if streams and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"`memory.stream_blocks` works in one process, and this run has {accelerator.num_processes}",
+            hint="set it to 0, or start the run without `accelerate launch`",
+        )
+    device = accelerator.device
+    denoiser = family.load_denoiser(torch.device("cpu") if streams else device, base_dtype(config, device))
+    full = config.finetune_type == "full"
+    trained = choose_weights(config, family, denoiser) if full else attach_lora(config, family, denoiser)
     size = sum(parameter.numel() for parameter in denoiser.parameters())
-    recompute = size >= LARGE_PARAMETERS if config.memory.recompute is None else config.memory.recompute
-    if recompute:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    count = sum(parameter.numel() for parameter in trained.values())
+    recompute = config.memory.recompute
+    if recompute == "auto":
+        recompute = "full" if streams or size >= LARGE_PARAMETERS else "none"
+    apply_recompute(denoiser, recompute)
     denoiser.train()
-    trained = sum(parameter.numel() for parameter in parameters)
-    log.say(
-        f"LoRA rank {config.lora_rank} on {len(targets)} linears: {trained:,} of {size:,} weights are trained"
-        + ("; activations are recomputed" if recompute else "")
-    )
+    stream = _stream(config, family, denoiser, device) if streams else None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # what is measured from here on is the training
-    optimizer = OPTIMIZERS[config.optim.name](parameters, config.resolved_learning_rate, config.optim)
-    prepared, optimizer = accelerator.prepare(denoiser, optimizer)
-    return TrainState(accelerator, prepared, denoiser, parameters, optimizer)
+    name = resolve_optimizer(config.optim.name, count)
+    fused = fuses_backward(config, accelerator.num_processes)
+    updates = Updates(
+        trained,
+        lambda parameters: OPTIMIZERS[name].make(parameters, config.resolved_learning_rate, config.optim),
+        rounding=config.full.rounding,
+        fused_backward=fused,
+        max_norm=config.optim.max_grad_norm or math.inf,
+        seed=config.seed,
+        device=device,
+    )
+    average = None
+    if config.optim.ema_decay is not None:
+        average = Average(trained, config.optim.ema_decay, config.optim.ema_every)
+    what = f"LoRA rank {config.lora_rank} on {len(trained) // 2} linears" if not full else "full fine-tune"
+    rounded = any(parameter.dtype is torch.bfloat16 for parameter in trained.values())
+    facts = [
+        f"{what}: {count:,} of {size:,} weights are trained by {name}",
+        f"bf16 with {config.full.rounding} rounding" if rounded else "",
+        "each is moved in the backward pass" if fused else "",
+        {"selective": "activations are recomputed in part", "full": "activations are recomputed"}.get(recompute, ""),
+        f"{stream.streamed} blocks stay in host memory ({stream.host_bytes / 1e9:.1f} GB)" if stream else "",
+    ]
+    log.say("; ".join(fact for fact in facts if fact))
+    prepared = accelerator.prepare(denoiser, device_placement=[not streams])
+    return TrainState(accelerator, prepared, denoiser, trained, updates, name, average, stream)
+
+
+def attach_lora(config: RunConfig, family: Family, denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """A LoRA that changes nothing yet, on the linears that the run file names; returns its factors by name."""
+    targets = lora.choose_targets(family.lora_targets(denoiser), config.lora.targets)
+    alpha = float(config.lora_rank if config.lora.alpha is None else config.lora.alpha)
+    lora.attach_new(denoiser, targets, config.lora_rank, alpha, config.lora.dropout, config.seed)
+    return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+def choose_weights(config: RunConfig, family: Family, denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own weights that are trained, by name. Raises ConfigError when a pattern matches none."""
+    everything = dict(denoiser.named_parameters())
+    inside = [name for name in everything if name.startswith(tuple(f"{path}." for path in family.blocks(denoiser)))]
+    names = list(everything)
+    if config.full.train != "all":
+        among = names if isinstance(config.full.train, tuple) else inside
+        names = lora.choose_targets(among, config.full.train, "full.train", "weights of the model")
+    for name in names:
+        everything[name].requires_grad_(True)
+    return {name: everything[name] for name in names}
+
+
+def fuses_backward(config: RunConfig, world: int) -> bool:
+    """Whether weights are moved in the backward pass. Over several processes gradients have to be averaged first."""
+    if config.finetune_type != "full" or config.memory.fused_backward is False:
+        return False
+    return config.optim.accumulate == 1 and world == 1
+
+
+def _stream(config: RunConfig, family: Family, denoiser: nn.Module, device: torch.device) -> BlockStream:
+    blocks = list(family.blocks(denoiser).values())
+    stream = BlockStream(blocks, choose_streamed(len(blocks), min(len(blocks), config.memory.stream_blocks)), device)
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        if not stream.holds(tensor):
+            tensor.data = tensor.data.to(device)
+    return stream
 
 
 def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
-    """accelerate's own defaults for device and processes; bfloat16 arithmetic wherever the base is bfloat16."""
+    """accelerate's own defaults for device and processes; bfloat16 arithmetic wherever the base is bfloat16.
+
+    Autocast is for the float32 factors of a LoRA. A full fine-tune has one dtype throughout, and autocast would keep
+    its norms' results in float32: 42 GiB of activations in place of 30 at 1 MP without recompute (computed).
+    """
     return Accelerator(
         mixed_precision="bf16" if _wants_bf16(config) else "no",
         gradient_accumulation_steps=config.optim.accumulate,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(folder),
         # The first process encodes and draws while the others wait: ten minutes, the default, is too short for that.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=24))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=24)),
+            AutocastKwargs(enabled=config.finetune_type == "lora"),
+        ],
     )
 
 

@@ -269,6 +269,34 @@ def test_lora_targets_are_the_linears_of_the_blocks(case: Case) -> None:
     assert targets == case.family.lora_targets(case.denoiser)
 
 
+def test_blocks_run_once_each_in_the_order_in_which_they_are_told(case: Case) -> None:
+    blocks = case.family.blocks(case.denoiser)
+    order: list[str] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, path=path: order.append(path)) for path, block in blocks.items()
+    ]
+    z, text = initial_noise(case.family.latent_shape(64, 64), [0]), case.text(CAPTIONS[:1])
+    case.family.predict_velocity(case.denoiser, z, torch.tensor([0.7]), text, 1.0)
+    for hook in hooks:
+        hook.remove()
+    assert order == list(blocks)
+    assert len(order) > 2
+
+
+def test_blocks_hold_all_lora_targets_and_nothing_twice(case: Case) -> None:
+    blocks = case.family.blocks(case.denoiser)
+    assert all(case.denoiser.get_submodule(path) is block for path, block in blocks.items())
+    inside = [
+        f"{path}.{name}"
+        for path, block in blocks.items()
+        for name, one in block.named_modules()
+        if isinstance(one, nn.Linear)
+    ]
+    assert inside == case.family.lora_targets(case.denoiser)
+    weights = [id(one) for block in blocks.values() for one in block.parameters()]
+    assert len(weights) == len(set(weights)) < len(list(case.denoiser.parameters()))
+
+
 # --- The same numbers as the diffusers pipeline. ---
 
 
@@ -409,6 +437,13 @@ def test_full_size_targets_and_their_names(full_size: FluxTransformer2DModel) ->
     assert len(targets) == 494
     assert None not in places
     assert len({place[0] for place in places if place}) == 304
+
+
+def test_full_size_has_nineteen_double_and_thirty_eight_single_blocks(full_size: FluxTransformer2DModel) -> None:
+    blocks = list(open_family("flux1-dev").blocks(full_size))
+    assert blocks[:2] == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert blocks[18:20] == ["transformer_blocks.18", "single_transformer_blocks.0"]
+    assert len(blocks) == 19 + 38
 
 
 def test_full_size_original_layout_maps_onto_diffusers(full_size: FluxTransformer2DModel) -> None:

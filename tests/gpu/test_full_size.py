@@ -1,4 +1,4 @@
-"""LoRA training at FLUX.1-dev's full size with random weights: no download, the real loop, time and peak memory.
+"""Training at FLUX.1-dev's full size with random weights: no download, the real loop, time and peak memory.
 
 `pytest tests/gpu -s` on a machine with a CUDA card of 40 GB or more prints the figures. Without one, the same code
 runs on the CPU with a few narrow blocks, so that it cannot rot.
@@ -6,85 +6,81 @@ runs on the CPU with a few narrow blocks, so that it cannot rot.
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from torch import nn
+from _random_flux import FULL_SIZE, SMALL, run_steps
 
-from flux_ft.config import RunConfig
-from flux_ft.families.flux1 import Flux1
-from flux_ft.families.registry import FLUX1_DEV
-from flux_ft.train.loop import StepResult, training_step
-from flux_ft.train.setup import make_accelerator, prepare_model
-from flux_ft.types import Bucket, CachedExample, TextCond
+from flux_ft.train.loop import StepResult
 
-FULL_SIZE_BYTES = 40e9
-NARROW = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
-          "joint_attention_dim": 32, "pooled_projection_dim": 24, "axes_dims_rope": (4, 6, 6)}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomFlux1(Flux1):
-    """FLUX.1-dev's transformer filled with noise on the device itself; `shape` overrides its configuration."""
-
-    shape: tuple[tuple[str, object], ...] = ()
-
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        with torch.device("meta"):
-            denoiser = FluxTransformer2DModel(guidance_embeds=True, **dict(self.shape))
-        denoiser = denoiser.to(dtype).to_empty(device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        for name, parameter in denoiser.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            else:
-                nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        return denoiser.eval().requires_grad_(False)
+LORA = {"finetune_type": "lora", "lora_rank": 16}
+FULL: dict[str, tuple[dict[str, Any], float, float | None]] = {
+    "adafactor": ({"optim": {"name": "adafactor"}}, 29e9, None),
+    "adamw8bit": ({"optim": {"name": "adamw8bit"}}, 53e9, None),
+    "streamed": ({"optim": {"name": "adafactor"}, "memory": {"stream_blocks": 30}}, 24e9, 24e9),
+}
+"""Recipes of full fine-tunes: settings, the most memory that they may take at 1 MP in bytes, and the card's size that
+is made believe."""
 
 
-def run_steps(family: RandomFlux1, side_px: int, steps: int, text: tuple[int, int, int], tmp: Path) -> list[StepResult]:
-    """Train for `steps` on one random cached example; `text` = (tokens, width, pooled width)."""
-    config = RunConfig.model_validate(
-        {"data": str(tmp), "output": str(tmp), "finetune_type": "lora", "lora_rank": 16, "iterations": steps}
-    )
-    accelerator = make_accelerator(config, tmp)
-    state = prepare_model(config, family, accelerator)
-    generator = torch.Generator().manual_seed(1)
-    cond = TextCond(torch.randn(1, *text[:2], generator=generator), torch.randn(1, text[2], generator=generator))
-    latent = torch.randn(family.latent_shape(side_px, side_px), generator=generator)
-    example = CachedExample("random", Bucket(side_px, side_px), latent, None, (cond,))
-    results = []
-    for _ in range(steps):
-        results.append(training_step(state, family, config, [example], [0]))
-        state.step += 1
-    return results
+def figures(what: str, side_px: int, results: list[StepResult]) -> dict[str, Any]:
+    """What is printed: a step's time is the median after the first fifth."""
+    seconds = [result.seconds for result in results[len(results) // 5 :]]
+    return {
+        "run": what, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "side_px": side_px, "batch": 1,
+        "step_s_median": round(statistics.median(seconds), 4), "step_s_max": round(max(seconds), 4),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+    }  # fmt: skip
 
 
-def test_the_loop_runs_with_random_weights(tmp_path: Path) -> None:
-    family = RandomFlux1(FLUX1_DEV, "random", "random", tuple(NARROW.items()))
-    results = run_steps(family, 64, 3, (8, 32, 24), tmp_path)
+def require_card(size: float) -> None:
+    """Skip without a CUDA card of so many bytes; else begin with it empty."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < size:
+        pytest.skip(f"needs a CUDA card of {size / 1e9:.0f} GB or more")
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+@pytest.mark.parametrize("settings", [LORA, *(recipe[0] for recipe in FULL.values())], ids=["lora", *FULL])
+def test_the_loop_runs_with_random_weights(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """In bf16, as on a GPU."""
+    memory = {"base_precision": "bf16", **settings.get("memory", {})}
+    results, state = run_steps(SMALL, 64, 3, tmp_path, {**settings, "memory": memory})
     assert [result.step for result in results] == [1, 2, 3]
     assert all(result.grad_norm > 0 for result in results)
+    assert (state.stream is not None) == ("stream_blocks" in memory)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("side_px", [512, 1024])
-def test_fifty_steps_at_full_size(tmp_path: Path, side_px: int) -> None:
-    if not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < FULL_SIZE_BYTES:
-        pytest.skip("needs a CUDA card of 40 GB or more")
-    torch.cuda.reset_peak_memory_stats()
-    results = run_steps(RandomFlux1(FLUX1_DEV, "random", "random"), side_px, 50, (512, 4096, 768), tmp_path)
-    seconds = [result.seconds for result in results[5:]]
-    figures = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "side_px": side_px, "batch": 1, "rank": 16,
-        "step_s_median": round(statistics.median(seconds), 4), "step_s_max": round(max(seconds), 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2), "recompute": True,
-    }  # fmt: skip
-    print(json.dumps(figures))
+def test_fifty_lora_steps_at_full_size(tmp_path: Path, side_px: int) -> None:
+    require_card(40e9)
+    results, state = run_steps(FULL_SIZE, side_px, 50, tmp_path, LORA)
+    print(json.dumps(figures("lora", side_px, results)))
     assert all(result.grad_norm > 0 for result in results)
-    torch.cuda.empty_cache()
+    del state
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", FULL)
+def test_a_full_fine_tune_at_full_size_fits(tmp_path: Path, recipe: str) -> None:
+    settings, most, card = FULL[recipe]
+    require_card(most * 1.05 if card is None else card)
+    if card is not None:
+        torch.cuda.set_per_process_memory_fraction(card / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        results, state = run_steps(FULL_SIZE, 1024, 10, tmp_path, {"finetune_type": "full", **settings})
+        told = figures(recipe, 1024, results)
+        print(json.dumps(told))
+        assert told["peak_gb"] * 1e9 <= most
+        assert all(result.grad_norm > 0 for result in results)
+        del state
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

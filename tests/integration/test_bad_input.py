@@ -124,7 +124,9 @@ class TestRunFile:
         [
             ("model=flux-tinny", ["flux-tinny", "did you mean `flux-tiny`?"]),
             ("model=flux1-schnell", ["flux1-schnell", "step-distilled", "allow_distilled"]),
-            ("finetune_type=full", ["`finetune_type: full`", "not built yet", "lora"]),
+            ("finetune_type=fll", ["`finetune_type`", "did you mean `full`?"]),
+            ("optim.name=lion", ["`optim.name`", "`adamw`", "`adafactor`"]),
+            ("memory.recompute=true", ["`memory.recompute`", "`selective`"]),
             ("preview.width=65", ["`preview.width`", "65", "64"]),
             ("lora_rank=0", ["`lora_rank`", "from 1 to 256"]),
             ("learning_rate=fast", ["`learning_rate`", "fast"]),
@@ -362,7 +364,7 @@ class TestNotFinite:
             path.write_bytes(save(entry, metadata={"sha256": cache._sha256(entry)}))
         before = hashes(out)
         done = run_here(capsys, "train", run_file, f"output={tmp_path / 'poisoned'}", "optim.batch_size=2")
-        assert_refused(done, "step 1", "the update was not made", code=1)
+        assert_refused(done, "step 1", "nothing of that step is saved", code=1)
         named = done.stderr.split("Pictures: ")[1].splitlines()[0].split(", ")
         assert len(named) == 2
         assert set(named) <= {f"{index:02d}.png" for index in range(6)}
@@ -375,9 +377,9 @@ class TestNotFinite:
     ) -> None:
         words = ("learning_rate=1e36", "optim.weight_decay=0", "iterations=5", "checkpoint.every=1")
         done = run_here(capsys, "train", run_file, *words)
-        assert_refused(done, "not a finite number", "the update was not made", "learning_rate", code=1)
+        assert_refused(done, "not a finite number", "nothing of that step is saved", "learning_rate", code=1)
         last = trained_steps(tmp_path / "out")[-1]
-        tensors = load_file(tmp_path / "out" / "checkpoints" / f"step-{last:06d}" / "lora.safetensors")
+        tensors = load_file(tmp_path / "out" / "checkpoints" / f"step-{last:06d}" / "weights.safetensors")
         assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
         assert f"step {last + 1}" in done.stderr
 

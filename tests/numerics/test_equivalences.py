@@ -6,7 +6,6 @@ Shapes in names: B batch, C latent channels, H W latent grid, R rank, O out feat
 
 from __future__ import annotations
 
-import gc
 import random
 import shutil
 from collections import Counter
@@ -19,6 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from _runs import (
+    CPU,
+    FP32,
+    PRIOR,
+    Run,
+    Settings,
+    assert_same_bits,
+    gap,
+    random_adapter,
+    tensors_of,
+)
 from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor, nn
@@ -33,137 +43,20 @@ from flux_ft.data.loader import BatchPlan, collate, resampled
 from flux_ft.errors import StoppedByUser
 from flux_ft.families.base import Family
 from flux_ft.families.registry import TINY_FOLDER
-from flux_ft.families.tiny.scenes import all_scenes, caption, render
 from flux_ft.infer.sampler import initial_noise
 from flux_ft.plan import check_run
-from flux_ft.train import checkpoint, loop
+from flux_ft.train import loop
 from flux_ft.train import run as run_module
-from flux_ft.train.loop import Acts, StepResult, prior_drift, train_steps
+from flux_ft.train.loop import StepResult, prior_drift
 from flux_ft.train.preview import write_previews
 from flux_ft.train.run import read_metrics, train
 from flux_ft.train.setup import (
-    TrainData,
     TrainState,
     data_digest,
-    draw_prior,
-    make_accelerator,
-    prepare_data,
-    prepare_model,
 )
 from flux_ft.types import AdapterState, Batch, LoraLayer, TextCond
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
-CPU, FP32 = torch.device("cpu"), torch.float32
-Settings = Callable[..., RunConfig]
-PRIOR = {"prompts": ["a small red circle in the center on a white background", "large blue star, top"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection() -> Iterator[None]:
-    """Set aside the objects of the imports, which each run's `gc.collect` would go through again: half the time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared by the tests of this file: pictures are encoded once."""
-    return tmp_path_factory.mktemp("cache")
-
-
-class Run:
-    """One run in memory, as `flux_ft.train.run.train` puts it together, with its parts in reach."""
-
-    def __init__(self, family: Family, config: RunConfig, cache: Path) -> None:
-        self.family, self.config = family, config
-        self.accelerator = make_accelerator(config, cache)
-        assert self.accelerator.device.type == "cpu"
-        self.data: TrainData = prepare_data(config, check_run(config).report, family, self.accelerator, cache)
-        self.state: TrainState = prepare_model(config, family, self.accelerator)
-        self.prior = draw_prior(config, family, self.data, self.state)
-        self.results: list[StepResult] = []
-
-    def acts(self, **changed: Any) -> Acts:
-        quiet: dict[str, Any] = {
-            "log": self.results.append, "validate": lambda step: None, "preview": lambda step: None,
-            "save": lambda step: None, "should_stop": lambda: False,
-        }  # fmt: skip
-        return Acts(**(quiet | changed))
-
-    def train(self, **acts: Any) -> Run:
-        train_steps(self.state, self.family, self.config, self.data, self.prior, self.acts(**acts))
-        return self
-
-    def stir(self) -> Run:
-        """Give the LoRA values, since down has no gradient while up is zero."""
-        self.state_from(random_adapter(lora.read_trained(self.state.bare), seed=5))
-        return self
-
-    def state_from(self, adapter: AdapterState) -> None:
-        lora.write_trained(self.state.bare, adapter)
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        layers = lora.read_trained(self.state.bare).layers
-        pairs = ((path, layer) for path, layer in layers.items())
-        return {f"{path}.{end}": t for path, one in pairs for end, t in (("down", one.down_RI), ("up", one.up_OR))}
-
-    @property
-    def losses(self) -> list[float]:
-        return [result.loss for result in self.results]
-
-
-@pytest.fixture
-def start(tiny_family: Family, run_settings: Settings, cache: Path, tmp_path: Path) -> Callable[..., Run]:
-    """`start(**overrides)`: a fresh run with these settings."""
-    return lambda **overrides: Run(tiny_family, run_settings(tmp_path, **overrides), cache)
-
-
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings with all on that `data` can do: two sources, repeats, weights, masks, captions as tags, some dropped."""
-    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    rng = np.random.default_rng(11)
-    for number in range(10):
-        scene, folder = all_scenes()[int(rng.integers(len(all_scenes())))], folders[number % 2]
-        Image.fromarray(np.ascontiguousarray(render(scene, rng))).save(folder / f"{number}.png")
-        tags = ["TOK", *caption(scene, rng).split()[:4]]
-        (folder / f"{number}.txt").write_text(", ".join(tags))
-        if number % 3 == 0:
-            mask = np.zeros((64, 64), np.uint8)
-            mask[8:40, 16 : 40 + number] = 255
-            Image.fromarray(mask).save(folder / f"{number}_mask.png")
-    data = {
-        "path": str(folders[0]), "sources": [{"path": str(folders[1]), "repeats": 2, "weight": 0.5}],
-        "unmasked_weight": 0.1, "caption_dropout": 0.3, "tag_orders": 3, "resample_latents": True,
-    }  # fmt: skip
-    return {"data": data, "trigger_word": "TOK"}
-
-
-def random_adapter(like: AdapterState, seed: int, alpha: float | None = None, size: float = 0.2) -> AdapterState:
-    """An adapter of the same modules and ranks with random factors; ΔW is felt, and does not drown the base."""
-    rng = torch.Generator().manual_seed(seed)
-    layers = {}
-    for path, one in like.layers.items():
-        down = torch.randn(one.down_RI.shape, generator=rng) / one.down_RI.shape[1] ** 0.5
-        up = torch.randn(one.up_OR.shape, generator=rng) * size / one.rank**0.5
-        layers[path] = LoraLayer(down, up, one.alpha if alpha is None else alpha)
-    return AdapterState(layers)
-
-
-def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    odd = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not odd, f"{len(odd)} of {len(a)} tensors differ, first {odd[0]}"
-
-
-def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """‖a − b‖ / ‖a‖ over all tensors together."""
-    assert a.keys() == b.keys()
-    square = sum(float((a[key].double() - b[key].double()).square().sum()) for key in a)
-    return (square / sum(float(tensor.double().square().sum()) for tensor in a.values())) ** 0.5
+pytestmark = pytest.mark.usefixtures("on_cpu", "quick_collection")
 
 
 def in_float64(run: Run) -> Run:
@@ -173,27 +66,6 @@ def in_float64(run: Run) -> Run:
 
 def deltas(run: Run) -> dict[str, Tensor]:
     return {path: delta_weight(layer) for path, layer in lora.read_trained(run.state.bare).layers.items()}
-
-
-@pytest.fixture
-def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
-    """The gradients of every step, as the optimizer is about to see them."""
-    seen: list[dict[str, Tensor]] = []
-    states: list[TrainState] = []
-    inner_step, inner_check = loop.training_step, loop.refuse_non_finite
-
-    def step(state: TrainState, *rest: Any) -> StepResult:
-        states.append(state)
-        return inner_step(state, *rest)
-
-    def check(*given: Any) -> None:
-        inner_check(*given)
-        named = states[-1].bare.named_parameters()
-        seen.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-
-    monkeypatch.setattr(loop, "training_step", step)
-    monkeypatch.setattr(loop, "refuse_non_finite", check)
-    return seen
 
 
 # --- Batches. ---
@@ -401,7 +273,7 @@ def test_masks_weight_the_loss(start: Callable[..., Run], everything: dict[str, 
     rows = run.data.examples.rows
     index = next(index for index, row in enumerate(rows) if row.name == "3.png")
     batch = collate(run.data.examples, [index], [0])
-    noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch)
+    noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch, run.state.step)
     found = loop.flow_loss(run.state, run.family, batch, noise, sigma)
     predicted = loop.predict(run.state, run.family, batch, noise, sigma).detach()
     error = (predicted - (noise - batch.mean_BCHW)).square()
@@ -434,7 +306,7 @@ def test_texts_are_drawn_anew_at_each_step(
 
     def note(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
         drawn.append(batch)
-        weight = run.state.parameters[0]
+        weight = next(iter(run.state.trained.values()))
         return (weight.sum() * 0).expand(4), torch.zeros(4)
 
     monkeypatch.setattr(loop, "batch_loss", note)
@@ -482,10 +354,11 @@ def test_latents_are_drawn_anew_at_each_step_and_the_mean_is_measured(
 # --- What must not touch the training. ---
 
 
-def test_recompute_changes_nothing(start: Callable[..., Run], gradients: list[dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_recompute_changes_nothing(start: Callable[..., Run], gradients: list[dict[str, Tensor]], policy: str) -> None:
     """Exact: the same operations on the same numbers, done twice."""
     kept = start(iterations=3).stir().train()
-    again = start(iterations=3, memory={"recompute": True}).stir()
+    again = start(iterations=3, memory={"recompute": policy}).stir()
     assert again.state.bare.is_gradient_checkpointing
     again.train()
     assert not kept.state.bare.is_gradient_checkpointing
@@ -596,33 +469,15 @@ def test_resumed_is_straight(
     }  # fmt: skip
     straight = start(**settings).train()
 
-    first = start(**settings)
-
-    def save(step: int) -> None:
-        made = checkpoint.Checkpoint(step, lora.read_trained(first.state.bare), first.state.optimizer.state_dict(), {})
-        checkpoint.save(tmp_path / "checkpoints", made, keep=2)
-
-    stopped = train_steps(
-        first.state, first.family, first.config, first.data, first.prior,
-        first.acts(save=save, should_stop=lambda: first.state.step == 3),
-    )  # fmt: skip
-    assert not stopped
+    first = start(**settings).train_until(3, tmp_path)
     torch.manual_seed(99)
-    second = start(**settings)
-    found, passed_over = checkpoint.latest(tmp_path / "checkpoints")
-    assert found is not None
-    assert not passed_over
-    run_module.restore(second.state, found)
+    second = start(**settings, resume=tmp_path)
     assert second.state.step == 3
     assert_same_bits(first.weights, second.weights)
     second.train()
     assert [*first.losses, *second.losses] == straight.losses
     assert_same_bits(straight.weights, second.weights)
-    for ours, theirs in zip(
-        straight.state.optimizer.state_dict()["state"].values(),
-        second.state.optimizer.state_dict()["state"].values(), strict=True,
-    ):  # fmt: skip
-        assert_same_bits(ours, theirs)
+    assert_same_bits(*(tensors_of(run.state.updates.state_dict()) for run in (straight, second)))
 
 
 def test_a_stopped_and_resumed_run_leaves_what_a_straight_one_leaves(
@@ -810,7 +665,7 @@ def test_drift_is_nothing_at_first_and_the_distance_to_the_base_later(start: Cal
     for slot in range(3):
         generator = flow.keyed_generator(run.config.seed, "prior", 0, slot)
         batch = collate(run.prior, [int(torch.randint(2, (), generator=generator))], [slot])
-        noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch, "prior noise")
+        noise, sigma = loop.keyed_draws(run.state, run.family, run.config, batch, 0, "prior noise")
         ours, theirs = (loop.predict(one.state, run.family, batch, noise, sigma) for one in (run, base))
         torch.testing.assert_close(drift[slot], (ours - theirs).square().mean(), rtol=1e-4, atol=1e-7)
 

@@ -13,9 +13,8 @@ from safetensors import SafetensorError
 from flux_ft.errors import ConfigError, StorageError
 from flux_ft.train import checkpoint
 from flux_ft.train.checkpoint import MANIFEST, Checkpoint, find_fault, latest, require_same, save
-from flux_ft.types import AdapterState, LoraLayer
 
-FILES = ("lora.safetensors", "optimizer.pt", MANIFEST)
+FILES = ("weights.safetensors", "optimizer.pt", MANIFEST)
 
 
 def made(step: int, seed: int = 0) -> Checkpoint:
@@ -25,28 +24,46 @@ def made(step: int, seed: int = 0) -> Checkpoint:
     for _ in range(2):
         weight.grad = torch.randn(3, 5, generator=rng)
         optimizer.step()
-    # One `down` shared by two layers, and a view: both as training may hand them over.
     down = torch.randn(4, 6, generator=rng)
-    layers = {
-        "transformer_blocks.0.attn.to_q": LoraLayer(down, torch.randn(6, 4, generator=rng), 2.5),
-        "transformer_blocks.0.attn.to_k": LoraLayer(down.clone(), torch.randn(4, 8, generator=rng).T, 0.1),
+    weights = {
+        "transformer_blocks.0.attn.to_q.lora_A.trained.weight": down,
+        "transformer_blocks.0.attn.to_q.lora_B.trained.weight": torch.randn(4, 8, generator=rng).T.contiguous(),
+        "transformer_blocks.0.attn.norm_q.weight": torch.randn(5, generator=rng).bfloat16(),
+        "proj_out.bias": torch.randn(2, 3, generator=rng)[1],  # a view, as training may hand it over
     }
-    return Checkpoint(
-        step, AdapterState(layers), optimizer.state_dict(), {"seed": 3, "lora.targets": ["a", "b"], "x": None}
-    )
+    state = {
+        "updates": {
+            "optimizers": {"a": optimizer.state_dict()},
+            "extra": {"a": torch.randn(7, generator=rng).bfloat16(), "b": torch.arange(256, dtype=torch.uint8)},
+        },
+        "average": {"a": torch.randn(3, 2, generator=rng)},
+    }
+    return Checkpoint(step, weights, state, {"seed": 3, "lora.targets": ["a", "b"], "x": None})
 
 
 def assert_same(one: Checkpoint, other: Checkpoint) -> None:
     assert one.step == other.step
     assert one.fingerprint == other.fingerprint
-    assert one.adapter.layers.keys() == other.adapter.layers.keys()
-    for path, layer in one.adapter.layers.items():
-        assert torch.equal(layer.down_RI, other.adapter.layers[path].down_RI)
-        assert torch.equal(layer.up_OR, other.adapter.layers[path].up_OR)
-        assert layer.alpha == other.adapter.layers[path].alpha
-    assert one.optimizer["param_groups"] == other.optimizer["param_groups"]
-    for key, state in one.optimizer["state"].items():
-        assert all(torch.equal(value, other.optimizer["state"][key][name]) for name, value in state.items())
+    assert_same_tree(one.weights, other.weights)
+    assert_same_tree(one.optimizer, other.optimizer)
+
+
+def assert_same_tree(one: object, other: object) -> None:
+    """Dictionaries, lists, tensors of one dtype and numbers, all the way down."""
+    assert type(one) is type(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same_tree(one[key], other[key])
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_same_tree(first, second)
+    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    else:
+        assert one == other
 
 
 def newest(folder: Path) -> Checkpoint:
@@ -67,6 +84,19 @@ def test_loaded_is_saved(tmp_path: Path) -> None:
     assert found is not None
     assert passed_over == []
     assert_same(found, made(7))
+
+
+def test_a_checkpoint_of_an_older_kind_is_passed_over_with_a_sentence(tmp_path: Path) -> None:
+    """One that holds a LoRA alone, as they were before whole models could be trained."""
+    path = save(tmp_path, made(7), keep=2)
+    (path / "weights.safetensors").rename(path / "lora.safetensors")
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["files"]["lora.safetensors"] = manifest["files"].pop("weights.safetensors")
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    found, passed_over = latest(tmp_path)
+    assert found is None
+    assert len(passed_over) == 1
+    assert "step-000007" in passed_over[0]
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -206,7 +236,7 @@ def test_a_torn_one_never_pushes_out_the_one_just_saved(tmp_path: Path, keep: in
     for step in (2, 8, 9):
         save(tmp_path, made(step), keep=3)
     for step in (8, 9):
-        empty(tmp_path / f"step-{step:06d}" / "lora.safetensors")
+        empty(tmp_path / f"step-{step:06d}" / "weights.safetensors")
     assert newest(tmp_path).step == 2
     save(tmp_path, made(4), keep)
     assert newest(tmp_path).step == 4

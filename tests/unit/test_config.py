@@ -81,14 +81,18 @@ def test_one_line_is_a_run_and_the_rest_is_the_hosted_apis_default() -> None:
 def test_section_defaults() -> None:
     config = run_of()
     assert config.lora.model_dump() == {"alpha": None, "targets": "blocks", "dropout": 0.0}
-    assert config.optim.betas == (0.9, 0.99)
+    assert config.full.model_dump() == {"train": "blocks", "rounding": "stochastic"}
+    assert (config.optim.name, config.optim.betas) == ("auto", (0.9, 0.99))
+    assert (config.optim.ema_decay, config.optim.ema_every) == (None, 10)
     assert (config.optim.batch_size, config.optim.accumulate, config.optim.max_grad_norm) == (1, 1, 1.0)
     assert (config.schedule.name, config.schedule.warmup_steps) == ("constant", 0)
-    assert (config.memory.base_precision, config.memory.recompute) == ("auto", None)
+    assert (config.memory.base_precision, config.memory.recompute) == ("auto", "auto")
+    assert (config.memory.fused_backward, config.memory.stream_blocks) == (None, 0)
     assert (config.preview.every, config.preview.prompts, config.preview.seed) == (100, (), 0)
     assert (config.validation.every, config.validation.fraction) == (50, 0.0)
     assert (config.checkpoint.every, config.checkpoint.keep) == (100, 2)
     assert (config.export.formats, config.export.dtype) == (("diffusers", "kohya"), "bf16")
+    assert config.export.keep_full is False
     assert config.logging.trackers == ()
 
 
@@ -309,6 +313,11 @@ def test_an_unknown_key_names_file_line_key_and_the_nearest() -> None:
         ("seed_", "did you mean `seed`?"),
         ("weight_decay", "`optim.weight_decay`"),
         ("optimiser", "`optim`"),
+        ("gradient_checkpointing", "`memory.recompute`"),
+        ("blocks_to_swap", "`memory.stream_blocks`"),
+        ("fused_backward_pass", "`memory.fused_backward`"),
+        ("ema", "`optim.ema_decay`"),
+        ("full.targets", "`lora.targets`"),
         ("file_data", "`data`"),
         ("every", "`preview.every`, `validation.every` or `checkpoint.every`"),
         ("checkpoint.xyz", "`checkpoint` has the keys `every`, `keep`"),
@@ -455,7 +464,24 @@ def test_what_no_file_can_hold_is_refused(escape: str) -> None:
         ("mode: Charakter", "expected one of `character`, `product`, `style`, `general`", "did you mean `character`?"),
         ("mode: 3", "`mode` is `3`; expected one of `character`", ""),
         ("schedule: {name: cosin}", "`schedule.name` is `cosin`", "did you mean `cosine`?"),
-        ("optim: {name: sgd}", "`optim.name` is `sgd`; expected `adamw`", ""),
+        ("optim: {name: sgd}", "`optim.name` is `sgd`; expected one of `auto`, `adamw`, `adamw8bit`", ""),
+        ("optim: {name: adafacto}", "`optim.name` is `adafacto`", "did you mean `adafactor`?"),
+        ("optim: {ema_decay: 1}", "`optim.ema_decay` is `1`; expected a number", ""),
+        ("optim: {ema_decay: 0}", "`optim.ema_decay` is `0`; expected a number above 0", ""),
+        ("optim: {ema_every: 0}", "`optim.ema_every` is `0`; expected a whole number of at least 1", ""),
+        ("full: {train: some}", "`full.train` is `some`; expected one of `blocks`, `all`, `attention` or a list", ""),
+        ("full: {train: []}", "expected one of `blocks`, `all`, `attention` or a list of at least one", ""),
+        ("full: {train: [a, '(']}", "`full.train`: `(` is not a regular expression", ""),
+        ("full: {rounding: nearest}", "expected one of `stochastic`, `kahan`, `master`", ""),
+        ("full: {trian: all}", "`full.trian` is not a known key", "did you mean `full.train`?"),
+        ("full: all", "`full` is `all`, but it is a section with the keys `train`, `rounding`", "full.train=…"),
+        ("memory: {recompute: true}", "`memory.recompute` is `true`; expected one of `auto`, `none`, `selective`", ""),
+        ("memory: {recompute: null}", "`memory.recompute` is `null`; expected one of `auto`, `none`", "`\"auto\"`"),
+        ("memory: {recompute: ful}", "`memory.recompute` is `ful`", "did you mean `full`?"),
+        ("memory: {fused_backward: 1}", "`memory.fused_backward` is `1`; expected true or false or null", ""),
+        ("memory: {stream_blocks: -1}", "`memory.stream_blocks` is `-1`; expected a whole number of at least 0", ""),
+        ("memory: {stream_blocks: all}", "`memory.stream_blocks` is `all`; expected a whole number", ""),
+        ("export: {keep_full: yes}", "`export.keep_full` is `yes`; expected true or false", "`export.keep_full: true`"),
         ("optim: {betas: [0.9]}", "`optim.betas` is `[0.9]`; expected a list of 2, each a number from 0", ""),
         ("lora: {dropout: 1.0}", "`lora.dropout` is `1.0`; expected a number from 0 to less than 1", ""),
         ("lora: {targets: all}", "expected one of `blocks`, `attention` or a list", ""),
@@ -573,6 +599,52 @@ def test_a_contradiction_is_one_message_that_names_both_keys(text: str, line: in
     assert "\n" not in message
 
 
+FUSED, STREAMED = "memory.fused_backward", "memory.stream_blocks"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "keys", "way_out"),
+    [
+        ("optim: {accumulate: 2}\nmemory: {fused_backward: true}", 3, (FUSED, "optim.accumulate"), "accumulate` to 1"),
+        ("memory: {stream_blocks: 2, recompute: none}", 2, (STREAMED, "memory.recompute"), "set it to full"),
+        ("memory: {stream_blocks: 2, recompute: selective}", 2, (STREAMED, "memory.recompute"), "set it to full"),
+        (
+            "finetune_type: lora\nmemory: {stream_blocks: 2, recompute: none}", 3,
+            (STREAMED, "memory.recompute"), "set it to full",
+        ),
+        (
+            "memory: {stream_blocks: 2}\noptim: {accumulate: 4}", 2,
+            (STREAMED, "optim.accumulate"), "`optim.batch_size`",
+        ),
+        ("memory: {stream_blocks: 2, fused_backward: false}", 2, (STREAMED, FUSED), "`memory.fused_backward` out"),
+    ],
+)  # fmt: skip
+def test_memory_that_cannot_be_saved_together(text: str, line: int, keys: tuple[str, ...], way_out: str) -> None:
+    message, hint = refusal(f"data: x\n{text}\n")
+    assert message.startswith(f"run.yaml:{line}: ")
+    assert all(f"`{key}`" in message for key in keys)
+    assert way_out in hint
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "finetune_type: lora\noptim: {accumulate: 2}\nmemory: {stream_blocks: 2}\n",
+        "finetune_type: lora\noptim: {accumulate: 2}\nmemory: {fused_backward: true}\n",
+        "finetune_type: lora\nmemory: {stream_blocks: 2, fused_backward: false}\n",
+        "optim: {accumulate: 2}\n",
+        "optim: {accumulate: 2}\nmemory: {fused_backward: false}\n",
+        "memory: {stream_blocks: 2, recompute: full}\n",
+        "memory: {stream_blocks: 2, fused_backward: true}\n",
+        "memory: {recompute: selective, fused_backward: true}\n",
+    ],
+)
+def test_what_can_be_meant_together_is_taken(text: str) -> None:
+    """Factors of a LoRA stay on the device and are moved after the backward pass, so they may be accumulated."""
+    load(f"data: x\n{text}")
+
+
 def test_two_contradictions_are_both_told() -> None:
     message, _ = refusal(
         "data: x\niterations: 5\nschedule: {warmup_steps: 6}\nvalidation: {fraction: 0.1, every: null}\n"
@@ -678,6 +750,20 @@ def test_a_wrong_override_of_a_source(override: str, message: str, hint: str) ->
         ("data: x\n", []),
         ("data: x\nlora: {alpha: 3, dropout: 0.1}\n", ["lora.alpha", "lora.dropout"]),
         ("data: x\nfinetune_type: lora\nlora: {alpha: 3, dropout: 0.1}\n", []),
+        (
+            "data: x\nfull: {train: all, rounding: kahan}\nmemory: {fused_backward: true}\nexport: {keep_full: true}\n",
+            [],
+        ),
+        (
+            "data: x\nfinetune_type: lora\nfull: {train: all, rounding: kahan}\nmemory: {fused_backward: true}\n"
+            "export: {keep_full: true}\n",
+            ["full.train", "full.rounding", "memory.fused_backward", "export.keep_full"],
+        ),
+        ("data: x\nfinetune_type: lora\nmemory: {stream_blocks: 2, recompute: full}\n", []),
+        ("data: x\noptim: {name: adafactor, betas: [0.9, 0.9], weight_decay: 0.1}\n", ["optim.betas"]),
+        ("data: x\noptim: {name: adamw8bit, betas: [0.9, 0.9]}\n", []),
+        ("data: x\noptim: {ema_every: 5}\n", ["optim.ema_every"]),
+        ("data: x\noptim: {ema_every: 5, ema_decay: 0.99}\n", []),
         ("data: x\noptim: {max_grad_norm: 2.0}\n", []),
         ("data: x\npreview: {every: null, prompts: [a], width: 64}\n", ["preview.prompts", "preview.width"]),
         ("data: x\nvalidation: {every: 10}\n", ["validation.every"]),
@@ -775,7 +861,9 @@ words = texts | odd_words
     rate=st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     alpha=st.none() | st.floats(min_value=1e-3, max_value=1e3) | st.integers(1, 300),
     seed=st.integers(0, 2**63 - 1),
-    recompute=st.none() | st.booleans(),
+    recompute=st.sampled_from(["auto", "none", "selective", "full"]),
+    fused=st.none() | st.booleans(),
+    train=st.sampled_from(["blocks", "all", "attention"]) | st.just([r".*\.norm.*", "no"]),
     every=st.none() | st.integers(1, 10**6),
 )
 @settings(max_examples=200, deadline=None)
@@ -786,7 +874,8 @@ def test_a_dump_loads_back_to_an_equal_config(tmp_path_factory: pytest.TempPathF
         learning_rate=drawn["rate"],
         seed=drawn["seed"],
         lora={"alpha": drawn["alpha"], "targets": [r"attn\.to_[qkv]$"]},
-        memory={"recompute": drawn["recompute"]},
+        full={"train": drawn["train"]},
+        memory={"recompute": drawn["recompute"], "fused_backward": drawn["fused"]},
         preview={"every": drawn["every"], "prompts": drawn["prompts"]},
     )
     path = tmp_path_factory.getbasetemp() / "dumped.yaml"
@@ -823,7 +912,7 @@ def test_there_are_recipes() -> None:
 def test_a_recipe_loads_without_a_warning_and_says_what_it_needs(path: Path) -> None:
     loaded = load_run(path)
     assert loaded.warnings == []
-    assert loaded.config.finetune_type == "lora"
+    assert loaded.config.finetune_type in path.stem.split("_")
     purpose, editor = path.read_text(encoding="utf-8").splitlines()[:2]
     assert re.match(r"# .+ Estimated need: \d+ GB of (GPU )?memory", purpose)
     schema = editor.removeprefix("# yaml-language-server: $schema=")
@@ -847,7 +936,7 @@ def test_the_schema_takes_data_as_text_or_section_and_refuses_unknown_keys() -> 
 
 
 def test_the_number_of_settings_is_a_decision() -> None:
-    assert len(setting_keys()) == 68, "each setting is something to learn, test and keep: is the new one worth it?"
+    assert len(setting_keys()) == 75, "each setting is something to learn, test and keep: is the new one worth it?"
 
 
 @pytest.mark.parametrize("key", setting_schemas())

@@ -90,6 +90,15 @@ def test_a_broken_pattern_is_refused():
         lora.choose_targets(LINEARS, ["("])
 
 
+@pytest.mark.parametrize("pattern", ["to_q", "("])
+def test_a_pattern_for_something_else_is_refused_by_its_own_setting(pattern):
+    with pytest.raises(ConfigError) as caught:
+        lora.choose_targets(LINEARS, [pattern], "full.train", "weights of the model")
+    assert caught.value.message.startswith(f"`full.train`: {pattern!r}")
+    assert "lora" not in caught.value.message
+    assert pattern == "(" or f"{len(LINEARS)} weights of the model" in caught.value.message
+
+
 # --- Attaching. ---
 
 
@@ -155,15 +164,17 @@ def test_attaching_leaves_the_global_state_alone():
 # --- Reading and writing. ---
 
 
-def test_written_is_read():
-    model, _ = attached(rank=2, alpha=3.0)
-    state = random_state(ALL)
-    lora.write_trained(model, state)
+def test_what_the_factors_hold_is_read():
+    model, parameters = attached(rank=2, alpha=3.0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape))
     back = lora.read_trained(model)
-    assert back.layers.keys() == state.layers.keys()
+    assert list(back.layers) == ALL
+    named = dict(model.named_parameters())
     for path, layer in back.layers.items():
-        assert torch.equal(layer.down_RI, state.layers[path].down_RI)
-        assert torch.equal(layer.up_OR, state.layers[path].up_OR)
+        assert torch.equal(layer.down_RI, named[f"{path}.lora_A.trained.weight"])
+        assert torch.equal(layer.up_OR, named[f"{path}.lora_B.trained.weight"])
         assert layer.alpha == 3.0
 
 
@@ -174,23 +185,6 @@ def test_what_is_read_is_a_copy():
     with torch.no_grad():
         parameters[0].add_(1)
     assert torch.equal(state.layers[Q0].down_RI, before)
-
-
-def test_parameters_stay_the_ones_the_optimizer_has():
-    model, parameters = attached()
-    lora.write_trained(model, random_state(ALL))
-    assert {id(one) for one in parameters} == {id(one) for one in model.parameters() if one.requires_grad}
-    assert all(one.requires_grad for one in parameters)
-
-
-def test_writing_what_does_not_fit_is_refused():
-    model, _ = attached([Q0])
-    with pytest.raises(AdapterError, match="first difference"):
-        lora.write_trained(model, random_state(ALL))
-    with pytest.raises(AdapterError, match="first difference"):
-        lora.write_trained(model, AdapterState({}))
-    with pytest.raises(AdapterError, match="rank 5"):
-        lora.write_trained(model, random_state([Q0], rank=5))
 
 
 # --- Finished LoRAs. ---
@@ -205,6 +199,15 @@ def test_attached_adds_its_delta():
     delta = 0.5 * layer.alpha / layer.rank * layer.up_OR @ layer.down_RI
     torch.testing.assert_close(model.transformer_blocks[0].attn["to_q"](x), before + x @ delta.T, rtol=1e-5, atol=1e-5)
     assert not any(one.requires_grad for one in model.parameters())
+
+
+def test_attached_to_bf16_weights_it_is_float32_and_lies_where_it_is_told():
+    model = Model().bfloat16()
+    lora.attach_states(model, [("one", random_state([Q0]), 1.0)], torch.device("meta"))
+    factors = {name: one for name, one in model.named_parameters() if ".lora_" in name}
+    assert {one.device.type for one in factors.values()} == {"meta"}
+    assert {one.dtype for one in factors.values()} == {torch.float32}
+    assert len(factors) == 2
 
 
 def test_mixed_ranks_and_alphas_in_one_lora():
