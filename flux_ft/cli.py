@@ -83,21 +83,19 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train the LoRA that a run file describes; also `accelerate launch -m flux_ft train RUN.yaml`."""
+    """Carry out the run that a file describes; also `accelerate launch -m flux_ft train RUN.yaml`."""
     loaded = _load(run_file, overrides)
     from flux_ft import log
     from flux_ft.train.run import train as train_run
 
     command = log.command("train", str(run_file), *(overrides or ()), "--resume")
     result = train_run(loaded.config, resume=resume, command=command)
-    loras = {name: str(path) for name, path in result.loras.items()}
     _report(
-        {"folder": str(result.folder), "loras": loras, "steps": result.steps, "loss": result.loss,
-         "train_seconds": round(result.train_seconds, 2), "worst_delta_weight_error": result.worst_error},
+        result.as_json(),
         f"done: {result.steps} steps in {result.train_seconds:.0f} s, loss {result.loss:.4f}; "
         f"see {result.folder / 'README.md'}",
         as_json,
-    )  # fmt: skip
+    )
 
 
 @app.command()

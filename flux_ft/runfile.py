@@ -110,6 +110,8 @@ FIELD_HINTS = {
     "data.max_pixels": "this is an area, not a side: 1024 × 1024 is 1048576",
     "data.resolutions": "these are sides, not areas: `data: {resolutions: [512, 768, 1024]}`",
     "data.sources": "write it as a list: `sources: [pictures, {path: more.zip, repeats: 2}]`",
+    "full.train": "patterns are Python regular expressions for names of weights such as proj_out.weight",
+    "memory.recompute": "full recomputes most and keeps least, none the other way round, selective lies between",
     "lora.targets": "patterns are Python regular expressions for module paths such as transformer_blocks.0.attn.to_q",
 }
 

@@ -79,6 +79,27 @@ class TrainResult:
     steps: int
     loss: float
     """Mean over the last tenth of the steps."""
+    extraction: ExtractionFacts | None = None
+    """Of a full fine-tune: what its LoRA keeps of it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        facts: dict[str, Any] = {
+            "folder": str(self.folder),
+            "loras": {name: str(path) for name, path in self.loras.items()},
+            "steps": self.steps,
+            "loss": self.loss,
+            "train_seconds": round(self.train_seconds, 2),
+            "worst_delta_weight_error": self.worst_error,
+        }
+        if self.extraction is None:
+            return facts
+        full, report = self.extraction.full_weights, self.extraction.report
+        return facts | {
+            "full_weights": None if full is None else str(full),
+            "energy_kept": report.energy_kept,
+            "proof": self.extraction.proof.as_json(),
+        }
 
 
 def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train RUN.yaml --resume") -> TrainResult:
@@ -142,9 +163,9 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     rows = read_metrics(folder)
     tail = [row["loss"] for row in rows if "loss" in row]
     tail = tail[-max(1, len(tail) // 10) :]
-    result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)))
+    result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)), extraction)
     if accelerator.is_main_process:
-        finish_folder(config, family, data, result, rows, extraction, state.optimizer)
+        finish_folder(config, family, data, result, rows, state.optimizer)
     accelerator.end_training()
     return result
 
@@ -494,7 +515,6 @@ def finish_folder(
     data: TrainData,
     result: TrainResult,
     rows: list[dict[str, Any]],
-    extraction: ExtractionFacts | None,
     optimizer: str,
 ) -> None:
     """Loss plot, grid of previews and model card."""
@@ -506,7 +526,15 @@ def finish_folder(
         if grid is not None:
             save_png(grid, result.folder / "previews.png")
     card = model_card(
-        config, family.variant, data, result.loras, result.steps, result.loss, grid is not None, extraction, optimizer
+        config,
+        family.variant,
+        data,
+        result.loras,
+        result.steps,
+        result.loss,
+        grid is not None,
+        result.extraction,
+        optimizer,
     )
     write_whole(result.folder / "README.md", card.encode())
     log.say(f"wrote {result.folder / 'README.md'} and its pictures in {time.monotonic() - started:.1f} s")

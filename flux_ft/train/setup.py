@@ -201,7 +201,7 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
     rounded = any(parameter.dtype is torch.bfloat16 for parameter in trained.values())
     facts = [
         f"{what}: {count:,} of {size:,} weights are trained by {name}",
-        f"bf16 with {config.full.rounding} rounding" if rounded else "",
+        f"bf16, {config.full.rounding} rounding" if rounded else "float32, which needs no rounding" if full else "",
         "each is moved in the backward pass" if fused else "",
         {"selective": "activations are recomputed in part", "full": "activations are recomputed"}.get(recompute, ""),
         f"{stream.streamed} blocks stay in host memory ({stream.host_bytes / 1e9:.1f} GB)" if stream else "",

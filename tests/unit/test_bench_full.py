@@ -1,4 +1,4 @@
-"""The table of full fine-tune, extracted and trained LoRAs: every model is drawn with, and scored by its own pictures."""
+"""The table of full fine-tune, extracted and trained LoRAs: each model draws, and is scored by its own pictures."""
 
 import json
 
@@ -15,8 +15,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_each_model_is_scored_by_what_it_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "FULL_ITERATIONS", 1)
-    monkeypatch.setattr(bench, "LORA_ITERATIONS", 1)
+    monkeypatch.setattr(bench, "ITERATIONS", 1)
     drawn = {}
 
     def draw(runner, trials, title):
