@@ -15,6 +15,8 @@ import time
 
 from _environment import ROOT, STOPPED, child_environment, ensure_environment, run_child
 
+MOST_PROCESSES = 4
+"""Each takes up to 4 GB."""
 QUICK_CHECKS = {
     "ruff check": ["ruff", "check", "."],
     "ruff format": ["ruff", "format", "--check", "."],
@@ -44,13 +46,16 @@ def main() -> int:
     """0 if all is well, pytest's exit code if pytest failed, else 1."""
     python = str(ensure_environment(frozenset({"dev"})))
     os.chdir(ROOT)
-    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(available_cores())}
+    # One process a core with one thread each: most tests are too small for several threads. Files stay whole, since
+    # what their tests share is made once.
+    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     environ = child_environment(os.environ, defaults)
     try:
         failed = [name for name, args in QUICK_CHECKS.items() if not check(name, [python, "-m", *args], environ)]
     except KeyboardInterrupt:
         return STOPPED
-    code = run_child([python, "-m", "pytest", *sys.argv[1:]], environ)
+    processes = ["-n", str(min(MOST_PROCESSES, available_cores())), "--dist", "loadfile"]
+    code = run_child([python, "-m", "pytest", *processes, *sys.argv[1:]], environ)
     if code == STOPPED:
         return STOPPED
     if code != 0:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from _random_flux import FULL_SIZE, SMALL, run_steps
+from accelerate.state import AcceleratorState
 
 from flux_ft.train.loop import StepResult
 
@@ -26,6 +28,14 @@ FULL: dict[str, tuple[dict[str, Any], float, float | None]] = {
 }
 """Recipes of full fine-tunes: settings, the most memory that they may take at 1 MP in bytes, and the card's size that
 is made believe."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """What accelerate keeps from an earlier run in this process, its precision above all, is wiped."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def figures(what: str, side_px: int, results: list[StepResult]) -> dict[str, Any]:
