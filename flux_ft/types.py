@@ -269,6 +269,13 @@ class AdapterState:
     layers: dict[str, LoraLayer]
     metadata: dict[str, str] = field(default_factory=dict)
     """The file's own header entries; all values are strings."""
+    layout: str = "flux1"
+    """The family whose paths these are: a key of `families.layout.LAYOUTS`."""
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    """What no factors hold, by diffusers parameter: what is added to biases ("transformer_blocks.0.attn.to_q.bias"),
+    norms that are replaced ("transformer_blocks.0.attn.norm_q.weight"). Only BFL's control LoRAs have them."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it was read."""
 
 
 @dataclass(frozen=True)

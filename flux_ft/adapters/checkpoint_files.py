@@ -27,7 +27,7 @@ from torch import Tensor
 
 from flux_ft.errors import ModelError
 from flux_ft.families import layout
-from flux_ft.families.layout import DOUBLE_BLOCK, SINGLE_BLOCK
+from flux_ft.families.layout import FLUX1, SWAPPED
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,11 +50,9 @@ _LORA = (".lora_A.weight", ".lora_down.weight", ".lora_A.default.weight")
 _UNQUANTISED = "use the bf16, fp16 or fp32 file of the same model"
 
 _STREAMS = {  # original block list → (diffusers block list, its linears, its norms)
-    "double_blocks": ("transformer_blocks", DOUBLE_BLOCK, layout.NORMS["double"]),
-    "single_blocks": ("single_transformer_blocks", SINGLE_BLOCK, layout.NORMS["single"]),
+    stream.original: (stream.diffusers, stream.linears, stream.norms) for stream in FLUX1.streams
 }
 _BLOCK = re.compile(r"(\w+)\.(0|[1-9][0-9]*)\.(.+)")
-_SWAPPED = "final_layer.adaLN_modulation.1"
 
 
 class Place(NamedTuple):
@@ -76,7 +74,7 @@ def _tables() -> tuple[dict[tuple[str, str], Place], dict[str, str]]:
                     inside[diffusers, f"{part}.{kind}"] = Place(f"{original}.#.{leaf}.{kind}", position, len(parts))
         for leaf, path in norms.items():
             inside[diffusers, path] = Place(f"{original}.#.{leaf}", 0, 1)
-    return inside, {diffusers: original for original, diffusers in layout.OUTSIDE.items()}
+    return inside, {diffusers: original for original, diffusers in FLUX1.outside.items()}
 
 
 _INSIDE, OUTSIDE = _tables()
@@ -100,7 +98,7 @@ def _is_original(key: str) -> bool:
         module, _, kind = match[3].rpartition(".")
         return match[3] in norms or (module in linears and kind in ("weight", "bias"))
     module, _, kind = key.rpartition(".")
-    return module in layout.OUTSIDE and kind in ("weight", "bias")
+    return module in FLUX1.outside and kind in ("weight", "bias")
 
 
 # --- What a checkpoint is. ---
@@ -422,7 +420,7 @@ def _fused(inner: Mapping[str, Stored], label: str) -> dict[str, Weight]:
         if len({part.shape[1:] for part in parts}) > 1:
             shapes = ", ".join(_times(part.shape) for part in parts)
             raise ModelError(f"{label}: the parts of `{name}` do not fit together: {shapes}", hint="is it FLUX.1?")
-        weights[name] = Weight(name, parts, swapped=name.rpartition(".")[0] == _SWAPPED)
+        weights[name] = Weight(name, parts, swapped=name.rpartition(".")[0] == SWAPPED)
     return weights
 
 
@@ -435,7 +433,7 @@ def _block_names(stream: str, index: int) -> list[str]:
 def _in_order(weights: dict[str, Weight]) -> dict[str, Weight]:
     blocks = sorted({(match[1], int(match[2])) for name in weights if (match := _BLOCK.fullmatch(name))})
     order = [name for stream, index in blocks for name in _block_names(stream, index)]
-    order += [f"{module}.{kind}" for module in layout.OUTSIDE for kind in ("weight", "bias")]
+    order += [f"{module}.{kind}" for module in FLUX1.outside for kind in ("weight", "bias")]
     return {name: weights[name] for name in order if name in weights}
 
 
@@ -446,7 +444,7 @@ def _require_whole(weights: Mapping[str, Weight], label: str) -> None:
         found = [int(match[2]) for name in weights if (match := _BLOCK.fullmatch(name)) and match[1] == stream]
         wanted += [name for index in range(max(found, default=0) + 1) for name in _block_names(stream, index)]
     guided = any(name.startswith("guidance_in.") for name in weights)
-    outside = [module for module in layout.OUTSIDE if guided or not module.startswith("guidance_in.")]
+    outside = [module for module in FLUX1.outside if guided or not module.startswith("guidance_in.")]
     wanted += [f"{module}.{kind}" for module in outside for kind in ("weight", "bias")]
     for name in wanted:
         if name not in weights:

@@ -17,7 +17,7 @@ import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flux_ft import __version__, log
 from flux_ft.adapters.checkpoint_files import Checkpoint, Values, Weight, is_block_linear, require_pair
-from flux_ft.adapters.formats import EXPORT_DTYPES, FLAVOURS, from_kohya, to_kohya
+from flux_ft.adapters.formats import EXPORT_DTYPES, fuse, unfuse
 from flux_ft.adapters.lowrank import (
     OVERSAMPLE,
     POWER_ITERATIONS,
@@ -262,17 +262,16 @@ def extract(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = work or Work()
     plans = _plan_ranks(base, tuned, options, device, work)
-    kohya = FLAVOURS["kohya"]
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, LoraLayer] = {}
     layers = []
     for name, done in _each(
         "extract", "factors", base, tuned, device, work, lambda pair: _factors(pair, plans, options)
     ):
         layers.append(LayerReport(name=name, **done.facts | {"shape": tuple(done.facts["shape"])}))
         if done.tensors:
-            key = kohya.prefix + name.replace(".", "_")
-            tensors[key + kohya.down], tensors[key + kohya.up] = done.tensors["down"], done.tensors["up"]
-    if not tensors:
+            down_RI, up_OR = done.tensors["down"], done.tensors["up"]
+            found[name] = LoraLayer(down_RI, up_OR, float(len(down_RI)))
+    if not found:
         changed = any(one.change for one in layers)
         raise AdapterError(
             f"nothing to extract: {tuned.label} "
@@ -286,7 +285,7 @@ def extract(
     report = ExtractionReport(
         base.label, tuned.label, tuple(layers), _left_out(base, tuned), options, device.type, tuple(notes)
     )
-    return from_kohya(tensors), report
+    return AdapterState(unfuse(found)), report
 
 
 class _Pair(NamedTuple):
@@ -519,7 +518,7 @@ def resize(
         raise AdapterError("a rank or an energy decides the size", hint="give exactly one of the two")
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
         raise AdapterError(f"cannot resize to {rank or energy}", hint="a rank is at least 1, an energy 0 to 1")
-    layers = _fused_layers(state) if fused else state.layers
+    layers = {name: one.layer() for name, one in fuse(state).items()} if fused else state.layers
     found = {name: _core(layer) for name, layer in layers.items()}
     if energy is None:
         ranks = dict.fromkeys(found, rank or 0)
@@ -535,27 +534,7 @@ def resize(
     }
     if not smaller:
         raise AdapterError("nothing is left: the LoRA changes nothing", hint="is it from the first step of a run?")
-    if not fused:
-        return AdapterState(smaller, state.metadata)
-    kohya = FLAVOURS["kohya"]
-    tensors = {kohya.prefix + name + kohya.down: layer.down_RI for name, layer in smaller.items()}
-    tensors |= {kohya.prefix + name + kohya.up: layer.up_OR for name, layer in smaller.items()}
-    return AdapterState(from_kohya(tensors).layers, state.metadata)
-
-
-def _fused_layers(state: AdapterState) -> dict[str, LoraLayer]:
-    """By kohya's name without its prefix."""
-    kohya = FLAVOURS["kohya"]
-    tensors = to_kohya(state, torch.float32)
-    names = [key.removeprefix(kohya.prefix).removesuffix(kohya.down) for key in tensors if key.endswith(kohya.down)]
-    return {
-        name: LoraLayer(
-            tensors[kohya.prefix + name + kohya.down],
-            tensors[kohya.prefix + name + kohya.up],
-            float(tensors[f"{kohya.prefix}{name}.alpha"]),
-        )
-        for name in names
-    }
+    return replace(state, layers=unfuse(smaller, state.layout) if fused else smaller)
 
 
 def _core(layer: LoraLayer) -> Factors:

@@ -7,7 +7,6 @@ share these files. Who reads what: docs/lora_files.md.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -179,42 +178,25 @@ def _base_name(info: ExportInfo) -> str:
     return re.split(r"[\\/]", info.base_model.rstrip("\\/"))[-1]
 
 
-def check_strength(metadata: Mapping[str, str]) -> None:
-    """AdapterError when a PEFT file's header asks for another scale than 1, which the tensors alone would get wrong."""
-    try:
-        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        fields = {key.removeprefix("transformer."): value for key, value in header.items()}
-    except (ValueError, AttributeError, RecursionError):
-        raise AdapterError("header entry `lora_adapter_metadata` is no JSON", hint="the file is damaged") from None
-    alpha, rank = fields.get("lora_alpha"), fields.get("r")
-    patterns = [fields.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
-    if (None not in (alpha, rank) and alpha != rank) or patterns[0] != patterns[1] or fields.get("use_rslora"):
-        raise AdapterError(
-            "its strength is in the header entry `lora_adapter_metadata` only, where most tools do not look",
-            hint="export it again from the tool that wrote it, with alpha equal to the rank",
-        )
+def finished_header(
+    table: Mapping[str, Mapping[str, object]], metadata: Mapping[str, str], rank: int, digest: str
+) -> bytes:
+    """The beginning of a safetensors file, up to its data: length, JSON, padding.
 
-
-def finished_header(blob: bytes, metadata: Mapping[str, str], rank: int) -> tuple[bytes, memoryview]:
-    """The final header (length, JSON, padding) of the serialised safetensors file `blob`, and its data, unchanged.
-
-    Adds the SHA-256 of the data bytes, and sets `ss_network_dim` and `ss_network_alpha`, where given, to `rank`, the
-    largest rank on disk. The hash is taken over the bytes as they lie, because writers order tensors by alignment first
-    and by name second. Sources: the safetensors format, ModelSpec 1.0.1 (`0x` + hash), kohya's `sshs_model_hash`
-    (bare). AdapterError when a value is not a string.
+    `table` is where each tensor lies, in the data's order, `digest` the SHA-256 of all the data, which goes into the
+    header, `rank` the largest rank on disk, which `ss_network_dim` and `ss_network_alpha` are set to where given. The
+    hash is taken over the bytes as they lie, because writers order tensors by alignment first and by name second.
+    Sources: the safetensors format, ModelSpec 1.0.1 (`0x` + hash), kohya's `sshs_model_hash` (bare). AdapterError when
+    a value is not a string.
     """
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
     if wrong:
         raise AdapterError(f"metadata entry `{wrong[0]}` is not a string", hint="safetensors headers hold strings")
-    data_start = 8 + int.from_bytes(blob[:8], "little")
-    data = memoryview(blob)[data_start:]
-    digest = hashlib.sha256(data).hexdigest()
     entries = {"format": "pt", **metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     entries |= {key: str(rank) for key in ("ss_network_dim", "ss_network_alpha") if key in metadata}
     # The strength is in the tensors now; diffusers would apply a header that came along from another file once more.
     entries.pop("lora_adapter_metadata", None)
-    tensors = sorted(json.loads(blob[8:data_start]).items(), key=lambda item: item[1].get("data_offsets", ()))
-    table = {name: place for name, place in tensors if name != "__metadata__"}
+    entries.pop("sshs_legacy_hash", None)  # of the former header and data
     header = json.dumps({"__metadata__": dict(sorted(entries.items())), **table}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format wants the data to begin at a multiple of 8
-    return len(header).to_bytes(8, "little") + header, data
+    return len(header).to_bytes(8, "little") + header

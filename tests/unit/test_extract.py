@@ -25,8 +25,8 @@ from flux_ft.adapters.formats import (
     bfl_module,
     compare_adapters,
     delta_weight,
-    from_diffusers,
     read_adapter,
+    read_tensors,
     to_kohya,
     write_adapter,
 )
@@ -662,7 +662,7 @@ class TestMerge:
             f"transformer.{path}.lora_A.weight": torch.randn(2, 16),
             f"transformer.{path}.lora_B.weight": torch.randn(32, 2),
         }
-        state = from_diffusers(tensors)
+        state = read_tensors(tensors)
         weights = model() if original else to_diffusers(model())
         merge(from_tensors(weights, "base"), [("x", state, 1.0)], tmp_path / "out.safetensors")
         found = load_file(tmp_path / "out.safetensors")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,9 +25,8 @@ from flux_ft.adapters.formats import (
     delta_weight,
     detect_format,
     diffusers_modules,
-    from_diffusers,
-    from_kohya,
     read_adapter,
+    read_tensors,
     to_diffusers,
     to_kohya,
     verify_written,
@@ -203,7 +201,7 @@ def test_unmapped_modules() -> None:
     state = AdapterState({"x_embedder": LoraLayer(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
     with pytest.raises(AdapterError, match="x_embedder"):
         to_kohya(state, torch.float32)
-    assert compare_adapters(state, from_diffusers(to_diffusers(state, torch.float32))) == {"x_embedder": 0.0}
+    assert compare_adapters(state, read_tensors(to_diffusers(state, torch.float32))) == {"x_embedder": 0.0}
 
 
 # --- Round trips. ---
@@ -213,10 +211,10 @@ def test_unmapped_modules() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_round_trips_keep_delta_and_rank(case: str, alpha: float) -> None:
     state = state_of(CASES[case], alpha)
-    by_diffusers = from_diffusers(to_diffusers(state, torch.float32))
-    by_kohya = from_kohya(to_kohya(state, torch.float32))
-    by_both = from_kohya(to_kohya(by_diffusers, torch.float32))
-    back_again = from_diffusers(to_diffusers(by_kohya, torch.float32))
+    by_diffusers = read_tensors(to_diffusers(state, torch.float32))
+    by_kohya = read_tensors(to_kohya(state, torch.float32))
+    by_both = read_tensors(to_kohya(by_diffusers, torch.float32))
+    back_again = read_tensors(to_diffusers(by_kohya, torch.float32))
     for other in (by_diffusers, by_kohya, by_both, back_again):
         assert other.layers.keys() == state.layers.keys()
         assert worst(state, other) <= 1e-6
@@ -266,8 +264,8 @@ def test_a_shared_down_keeps_its_rank(rank: int) -> None:
         some = AdapterState({path: state.layers[path] for path in only})
         tensors = to_kohya(some, torch.float32)
         assert tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (rank, H)
-        assert worst(some, from_kohya(tensors)) <= 1e-6
-        again = to_kohya(from_diffusers(to_diffusers(some, torch.float32)), torch.float32)
+        assert worst(some, read_tensors(tensors)) <= 1e-6
+        again = to_kohya(read_tensors(to_diffusers(some, torch.float32)), torch.float32)
         assert again["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (rank, H)
 
 
@@ -275,12 +273,12 @@ def test_dense_fused_files_of_other_trainers_split_exactly() -> None:
     rng = torch.Generator().manual_seed(3)
     down_RI, up_OR = torch.randn(6, H, generator=rng), torch.randn(7 * H, 6, generator=rng)
     key = "lora_unet_single_blocks_4_linear1"
-    state = from_kohya(
+    state = read_tensors(
         {f"{key}.lora_down.weight": down_RI, f"{key}.lora_up.weight": up_OR, f"{key}.alpha": torch.tensor(3)}
     )
     parts = [delta_weight(state.layers[path]) for path in diffusers_modules("single_blocks.4.linear1")]
     torch.testing.assert_close(torch.cat(parts), 0.5 * up_OR @ down_RI)
-    without_alpha = from_kohya({f"{key}.lora_down.weight": down_RI, f"{key}.lora_up.weight": up_OR})
+    without_alpha = read_tensors({f"{key}.lora_down.weight": down_RI, f"{key}.lora_up.weight": up_OR})
     assert {one.alpha for one in without_alpha.layers.values()} == {6.0}
 
 
@@ -289,8 +287,8 @@ def test_an_untrained_lora_keeps_all_its_modules() -> None:
     fresh = AdapterState(
         {path: LoraLayer(one.down_RI, torch.zeros_like(one.up_OR), 4.0) for path, one in layers.items()}
     )
-    for flavour in formats.FLAVOURS.values():
-        back = flavour.read(flavour.write(fresh, torch.float32))
+    for name in formats.BLOCK_FORMATS:
+        back = read_tensors(formats.FLAVOURS[name].write(fresh, torch.float32))
         assert back.layers.keys() == fresh.layers.keys()
         assert set(compare_adapters(fresh, back).values()) == {0.0}
 
@@ -373,7 +371,7 @@ def test_diffusers_reads_linear1_at_full_width(case: str, tmp_path: Path) -> Non
     """The converter of diffusers alone, since a model of this width takes gigabytes."""
     state = state_of(CASES[case], width=3072)
     write_adapter(tmp_path / "a.safetensors", state, "kohya", torch.float32, {})
-    got = from_diffusers(FluxPipeline.lora_state_dict(load_file(tmp_path / "a.safetensors")))
+    got = read_tensors(FluxPipeline.lora_state_dict(load_file(tmp_path / "a.safetensors")))
     assert max(compare_adapters(state, got).values()) <= 1e-6
 
 
@@ -480,9 +478,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda path: None, "does not exist"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "name too long": (lambda path: None, "cannot be read"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read"),
-    "garbage": (lambda path: path.write_bytes(os.urandom(200)), "cannot be read"),
-    "pickle": (lambda path: torch.save(good_tensors(), path), "cannot be read"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "garbage": (lambda path: path.write_bytes(bytes(range(200))), "is not a .safetensors file"),
+    "pickle": (lambda path: torch.save(good_tensors(), path), "as torch.save writes"),
     "no tensors": (lambda path: save_file({}, path), "no tensors"),
     "nan": (changed(lambda t: t[A].fill_(float("nan"))), "to_k.lora_A"),
     "inf": (changed(lambda t: t[A].fill_(float("inf"))), "to_k.lora_A"),
@@ -492,13 +490,36 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "four dimensions": (changed(lambda t: t.update({A: t[A][:, :, None, None].clone()})), "to_k` has factors"),
     "long alpha": (changed(lambda t: t.update({f"transformer.{K}.alpha": torch.ones(2)})), "alpha` has shape"),
     "dora": (changed(lambda t: t.update({f"transformer.{K}.dora_scale": torch.ones(2)})), "dora_scale"),
-    "text encoder": (changed(lambda t: t.update({"lora_te1_x.alpha": torch.ones(1)})), "lora_te1_x.alpha"),
-    "other flavour": (
+    "text encoders alone": (lambda path: save_file({"lora_te1_x.alpha": torch.ones(1)}, path), "lora_te1_x.alpha"),
+    "two flavours": (
+        changed(lambda t: t.update({"lora_unet_single_blocks_0_linear1.alpha": torch.ones(1)})),
+        "of another flavour than",
+    ),
+    "same module twice": (
+        changed(lambda t: t.update({A.replace("A.weight", "A.default.weight"): t[A].clone()})),
+        "are the same",
+    ),
+    "other model": (
         lambda path: save_file({"diffusion_model.x.lora_A.weight": torch.ones(1, 1)}, path),
         "diffusion_model",
     ),
     "bare": (changed(lambda t: t.update({"transformer..lora_A.weight": torch.ones(1, 1)})), "transformer..lora_A"),
-    "embedder": (kohya_pair("img_in", 8), "img_in"),
+    "no module of ours": (kohya_pair("down_blocks_0_attentions_0_proj_in", 8), "changes no linear of FLUX.1 or FLUX.2"),
+    "both families": (
+        changed(
+            lambda t: t.update(
+                {
+                    f"transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_{end}.weight": torch.ones(1, 1)
+                    for end in "AB"
+                }
+            )
+        ),
+        "a LoRA is for one of them",
+    ),
+    "bias of another size": (
+        changed(lambda t: t.update({f"transformer.{K}.lora_B.bias": torch.ones(3)})),
+        "lora_B.bias` has shape (3,)",
+    ),
     "another width": (kohya_pair("single_blocks_0_linear1", 24), "linear1"),
     "no thirds": (kohya_pair("double_blocks_0_img_attn_qkv", 25), "img_attn_qkv"),
 }
@@ -548,19 +569,86 @@ def test_any_changed_byte_gives_a_state_or_an_adapter_error(flavour: str, tmp_pa
     assert 100 < refused < 300
 
 
-HEADERS = {
-    "alpha": {"transformer.r": 8, "transformer.lora_alpha": 16},
-    "pattern": {"transformer.r": 8, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"proj_out": 4}},
-    "rslora": {"transformer.r": 8, "transformer.lora_alpha": 8, "transformer.use_rslora": True},
+HEADERS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    # what the header says → the scale of q and of k, both of rank 2, as peft has it
+    "alpha": ({"r": 2, "lora_alpha": 3}, {Q: 1.5, K: 1.5}),
+    "pattern": ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"attn.to_q": 4}}, {Q: 2.0, K: 1.0}),
+    "whole path": ({"r": 2, "lora_alpha": 2, "alpha_pattern": {f"^{Q}$": 4, "^to_k": 9}}, {Q: 2.0, K: 1.0}),
+    "part of a name": ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"o_q": 4}}, {Q: 1.0, K: 1.0}),
+    "first of two": ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"to_k": 1, "attn.to_k": 4}}, {Q: 1.0, K: 0.5}),
+    "rank": ({"r": 8, "lora_alpha": 4, "rank_pattern": {"to_q": 2, "to_k": 2}}, {Q: 2.0, K: 2.0}),
+    "rslora": ({"r": 2, "lora_alpha": 2, "use_rslora": True}, {Q: 2**0.5, K: 2**0.5}),
+    "peft's own numbers": ({"r": 2}, {Q: 4.0, K: 4.0}),
 }
 
 
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("kind", HEADERS)
-def test_a_strength_in_the_header_is_refused(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "cat.safetensors"
-    save_file(good_tensors(), path, {"lora_adapter_metadata": json.dumps(HEADERS[kind])})
-    with pytest.raises(AdapterError, match="lora_adapter_metadata"):
-        read_adapter(path)
+def test_a_strength_in_the_header_is_read_as_peft_would(kind: str, prefix: str, tmp_path: Path) -> None:
+    fields, scales = HEADERS[kind]
+    header = {prefix + name: value for name, value in fields.items()} | {"text_encoder.lora_alpha": 99}
+    save_file(good_tensors(), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+    state = read_adapter(tmp_path / "a.safetensors")
+    for path, scale in scales.items():
+        assert state.layers[path].alpha / state.layers[path].rank == pytest.approx(scale)
+    assert bool(state.notes) == (set(scales.values()) != {1.0})
+
+
+def test_the_strength_of_the_header_is_the_one_that_diffusers_applies(tmp_path: Path) -> None:
+    paths = [path for path in all_paths() if "norm" not in path]
+    entry = {
+        "transformer.r": 2,
+        "transformer.lora_alpha": 3.0,
+        "transformer.target_modules": sorted({path.split(".", 2)[2] for path in paths}),
+        "transformer.rank_pattern": {"ff.net.2": 3, r"^transformer_blocks\.1\.attn\.to_q": 4},
+        "transformer.alpha_pattern": {"attn.to_k": 5.0, "single_transformer_blocks.0.proj_out": 1.0},
+    }
+    ranks = {path: 3 if path.endswith("ff.net.2") else 2 for path in paths}
+    ranks["transformer_blocks.1.attn.to_q"] = 4
+    tensors = {}
+    for path, one in state_of(ranks).layers.items():
+        tensors[f"transformer.{path}.lora_A.weight"], tensors[f"transformer.{path}.lora_B.weight"] = (
+            one.down_RI, one.up_OR,
+        )  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(entry)})
+    check_deltas(loaded_by_diffusers(tmp_path / "a.safetensors"), read_adapter(tmp_path / "a.safetensors"))
+
+
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "another rank": ({"transformer.r": 8, "transformer.lora_alpha": 16}, "has rank 2, but 8"),
+    "regular expression": ({"transformer.r": 2, "transformer.alpha_pattern": {"(a+)+b": 4}}, "no module's name"),
+    "no number": ({"transformer.r": 2, "transformer.lora_alpha": "2"}, "is no number"),
+    "no rank": ({"transformer.r": 0, "transformer.lora_alpha": 2}, "is no rank"),
+    "too large": ({"transformer.r": 2, "transformer.lora_alpha": 10**400}, "configuration"),
+    "dora": ({"transformer.r": 2, "transformer.lora_alpha": 2, "transformer.use_dora": True}, "DoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_a_header_that_makes_no_sense_is_refused(kind: str, tmp_path: Path) -> None:
+    entry, message = CONTRADICTIONS[kind]
+    save_file(good_tensors(), tmp_path / "cat.safetensors", {"lora_adapter_metadata": json.dumps(entry)})
+    with pytest.raises(AdapterError, match="lora_adapter_metadata") as caught:
+        read_adapter(tmp_path / "cat.safetensors")
+    assert message in caught.value.message
+
+
+def test_a_strength_that_is_given_twice_must_be_the_same(tmp_path: Path) -> None:
+    tensors = good_tensors() | {f"transformer.{path}.alpha": torch.tensor(4.0) for path in (Q, K)}
+    for alpha in (4, 5):
+        entry = json.dumps({"transformer.r": 2, "transformer.lora_alpha": alpha})
+        save_file(tensors, tmp_path / f"{alpha}.safetensors", {"lora_adapter_metadata": entry})
+    state = read_adapter(tmp_path / "4.safetensors")
+    assert {one.alpha for one in state.layers.values()} == {4.0}
+    assert state.notes == ()
+    with pytest.raises(AdapterError, match=r"scaled by 2 in the tensors and by 2\.5 in the header"):
+        read_adapter(tmp_path / "5.safetensors")
+
+
+def test_the_header_of_a_kohya_file_has_no_strength(tmp_path: Path) -> None:
+    tensors = to_kohya(state_of({Q: 2}), torch.float32)
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": '{"transformer.lora_alpha": 99}'})
+    assert read_adapter(tmp_path / "a.safetensors").layers[Q].alpha == 2
 
 
 @pytest.mark.parametrize("header", ["[]", "{", "3"])
