@@ -30,6 +30,12 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
+def plain(line: str, most: int = 400) -> str:
+    """A line with text of a stranger's file, for a terminal: no control characters, and not endless."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in line[:most])
+    return shown if len(line) <= most else f"{shown} …"
+
+
 class FluxFTError(Exception):
     """Any failure that is told to the user in one message, without a traceback."""
 
