@@ -260,17 +260,111 @@ def resize(
 
 @app.command()
 def merge(
-    base: Annotated[str, typer.Option(help="variant, folder, file or Hub id")],
     lora: Annotated[list[str], typer.Option(help="FILE or FILE:STRENGTH; may be given several times")],
-    output: Annotated[Path, typer.Option(help="a new folder, or a .safetensors file where the base is one")],
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as the base unless given")] = None,
+    output: Annotated[Path, typer.Option(help="a LoRA; with --base a new folder, or a file where the base is one")],
+    base: Annotated[
+        str | None, typer.Option(help="merge into this model instead: variant, folder, file or Hub id")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="largest rank of the LoRA; else ranks add up", min=1)] = None,
+    format: Annotated[str | None, typer.Option(help="of the LoRA: kohya (unless said), diffusers or comfy")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; bf16, or as the base is, unless given")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a base model with LoRAs merged into its weights, one matrix in memory at a time."""
+    """Write several LoRAs as one; or, with --base, a base model with LoRAs merged into its weights."""
     adapters = [_adapter(text) for text in lora]
+    if base is None:
+        from flux_ft.adapters.combine import combine_files
+
+        combined = combine_files(adapters, output, rank, format=format or "kohya", dtype=dtype or "bf16")
+        _report(combined.as_json(), combined.for_people(), as_json)
+        return
+    if rank is not None or format is not None:
+        raise ConfigError("--rank and --format are of a LoRA, and --base gives a model", hint="leave them out")
     from flux_ft.adapters.jobs import merge_file
 
     done = merge_file(base, adapters, output, dtype=dtype)
+    _report(done.as_json(), done.for_people(), as_json)
+
+
+@app.command()
+def convert(
+    lora: Annotated[Path, typer.Argument(metavar="IN", help="a LoRA of any flavour", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="the file to write", show_default=False)],
+    format: Annotated[
+        str, typer.Option(help="kohya (ComfyUI and the rest), diffusers, comfy, or bfl for control LoRAs")
+    ] = "kohya",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as it is unless given")] = None,
+    blocks_only: Annotated[
+        bool, typer.Option("--blocks-only", help="leave out what lies outside the blocks, which some tools drop")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a LoRA in another layout, with the same effect; the new file is read back and compared."""
+    from flux_ft import log
+    from flux_ft.adapters.convert import convert_file
+
+    done = convert_file(lora, output, format=format, dtype=dtype, blocks_only=blocks_only)
+    for warning in done.warnings:
+        log.warn(warning)
+    _report(done.as_json(), done.for_people(), as_json)
+
+
+@app.command()
+def inspect(
+    lora: Annotated[Path, typer.Argument(metavar="FILE", help="a LoRA of any origin", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a LoRA file is: model, flavour, ranks, strength, where it acts, and what looks wrong."""
+    from flux_ft.adapters.inspect import inspect_file
+
+    found = inspect_file(lora)
+    _report(found.as_json(), found.for_people(), as_json, words_are_data=True)
+
+
+@app.command()
+def verify(
+    lora: Annotated[Path, typer.Argument(metavar="FILE", help="a LoRA of any origin", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(help="compare with this file, as after a conversion", metavar="FILE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Load a LoRA through the installed diffusers and compare, matrix by matrix. Exit code 1 when it does not hold."""
+    from flux_ft.adapters.verify import verify_file
+
+    found = verify_file(lora, against)
+    _report(found.as_json(), found.for_people(), as_json, words_are_data=True)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="a LoRA", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B", help="another", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Compare two LoRAs of any flavours in their effect, and in their headers."""
+    from flux_ft.adapters.compare import diff_files
+
+    found = diff_files(first, second)
+    _report(found.as_json(), found.for_people(), as_json, words_are_data=True)
+
+
+@app.command()
+def export(
+    preview: Annotated[Path, typer.Option(help="a picture of `generate`, or a run folder", metavar="PNG|RUN")],
+    pack: Annotated[Path, typer.Option(help="a new or empty folder", metavar="DIR")],
+    loras: Annotated[
+        list[Path] | None, typer.Argument(metavar="[LORA…]", help="what it was drawn with", show_default=False)
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="of a run folder: which preview prompt, from 0", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write a pack that draws a preview again elsewhere: LoRA, ComfyUI workflow, diffusers script, the picture."""
+    from flux_ft.infer.pack import pack_preview
+
+    done = pack_preview(preview, loras or [], pack, prompt=prompt)
     _report(done.as_json(), done.for_people(), as_json)
 
 
