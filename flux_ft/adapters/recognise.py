@@ -237,7 +237,7 @@ def family_of(shapes: Mapping[str, tuple[int, int]], metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class HeaderStrength:
+class StatedStrength:
     """The entry `lora_adapter_metadata`, as far as it changes the strength."""
 
     text: str
@@ -246,7 +246,7 @@ class HeaderStrength:
     """Whether that is a scale of 1 for every module."""
 
 
-def header_strength(metadata: Mapping[str, str]) -> HeaderStrength | None:
+def header_strength(metadata: Mapping[str, str]) -> StatedStrength | None:
     """None where the header has no such entry."""
     raw = metadata.get("lora_adapter_metadata")
     if raw is None:
@@ -254,10 +254,10 @@ def header_strength(metadata: Mapping[str, str]) -> HeaderStrength | None:
     try:
         fields: dict[str, Any] = {key.removeprefix("transformer."): value for key, value in json.loads(raw).items()}
     except (ValueError, AttributeError, RecursionError):
-        return HeaderStrength("which is no JSON object", False)
+        return StatedStrength("which is no JSON object", False)
     alpha, rank = fields.get("lora_alpha"), fields.get("r")
     patterns = [fields.get(name) or {} for name in ("alpha_pattern", "rank_pattern")]
     rslora = bool(fields.get("use_rslora"))
     plain = (alpha is None or rank is None or alpha == rank) and patterns[0] == patterns[1] and not rslora
     words = f"alpha {alpha} at rank {rank}" + (", rsLoRA" if rslora else "")
-    return HeaderStrength(words + ("" if patterns[0] == patterns[1] else ", and patterns by module"), plain)
+    return StatedStrength(words + ("" if patterns[0] == patterns[1] else ", and patterns by module"), plain)
