@@ -24,7 +24,7 @@ from torch import Tensor
 from flux_ft import __version__
 from flux_ft.adapters.compare import EXACT, finite, module_differences, norm
 from flux_ft.adapters.extract import resize
-from flux_ft.adapters.formats import EXPORT_DTYPES, FLAVOURS, read_adapter, verify_written, write_adapter
+from flux_ft.adapters.formats import BLOCK_FORMATS, EXPORT_DTYPES, read_adapter, verify_written, write_adapter
 from flux_ft.adapters.fused import FusedModule, fuse, scaled_up, split
 from flux_ft.adapters.inspect import trigger_words
 from flux_ft.adapters.metadata import ARCHITECTURES, EXPORT_KEY, EXPORT_VERSION, SCALE_RULE
@@ -120,8 +120,8 @@ def combine_files(
     """
     if output.suffix != ".safetensors":
         raise ConfigError(f"`{output}` does not end in .safetensors", hint="LoRA files are written as .safetensors")
-    if format not in FLAVOURS or dtype not in EXPORT_DTYPES:
-        known = f"formats: {', '.join(FLAVOURS)}; dtypes: {', '.join(EXPORT_DTYPES)}"
+    if format not in BLOCK_FORMATS or dtype not in EXPORT_DTYPES:
+        known = f"formats: {', '.join(BLOCK_FORMATS)}; dtypes: {', '.join(EXPORT_DTYPES)}"
         raise ConfigError(f"cannot write format `{format}` as `{dtype}`", hint=known)
     if rank is not None and not 1 <= rank <= LARGEST_RANK:
         raise ConfigError(f"rank {rank} is not between 1 and {LARGEST_RANK}", hint="16 or 32 is usual")

@@ -26,6 +26,11 @@ HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _SHOWN = 12
 
 
+def at_least_zero(value: float) -> float:
+    """Without what cancellation leaves below zero; NaN stays, where max() would make it zero."""
+    return 0.0 if value < 0 else value
+
+
 class Products(NamedTuple):
     """⟨a, a⟩, ⟨a, b⟩ and ⟨b, b⟩ of two weight changes, or sums of them over modules."""
 
@@ -36,7 +41,7 @@ class Products(NamedTuple):
     @property
     def gap(self) -> float:
         """‖a − b‖²."""
-        return max(0.0, self.aa - 2 * self.ab + self.bb)
+        return at_least_zero(self.aa - 2 * self.ab + self.bb)
 
     @property
     def error(self) -> float:
@@ -72,9 +77,9 @@ def products(a: LoraLayer | None, b: LoraLayer | None) -> Products | None:
     both_RR = (up_OR.T @ up_OR) * (down_RI @ down_RI.T)
     rank = 0 if a is None else a.rank
     return Products(
-        max(0.0, float(both_RR[:rank, :rank].sum())),
+        at_least_zero(float(both_RR[:rank, :rank].sum())),
         float(both_RR[:rank, rank:].sum()),
-        max(0.0, float(both_RR[rank:, rank:].sum())),
+        at_least_zero(float(both_RR[rank:, rank:].sum())),
     )
 
 
@@ -99,16 +104,16 @@ class ModuleDifference:
         return {
             "path": self.path,
             "error": finite(self.products.error),
-            "cosine": self.products.cosine,
-            "scale": self.products.scale,
-            "norm_a": math.sqrt(self.products.aa),
-            "norm_b": math.sqrt(self.products.bb),
+            "cosine": finite(self.products.cosine),
+            "scale": finite(self.products.scale),
+            "norm_a": finite(math.sqrt(self.products.aa)),
+            "norm_b": finite(math.sqrt(self.products.bb)),
         }
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """`value`, or None where JSON has no word for it."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def module_differences(a: AdapterState, b: AdapterState) -> tuple[ModuleDifference, ...]:
@@ -154,10 +159,10 @@ class Difference:
             "kind": self.kind,
             "verdict": self.verdict,
             "error": finite(self.total.error),
-            "cosine": self.total.cosine,
-            "scale": self.total.scale,
-            "norm_a": math.sqrt(self.total.aa),
-            "norm_b": math.sqrt(self.total.bb),
+            "cosine": finite(self.total.cosine),
+            "scale": finite(self.total.scale),
+            "norm_a": finite(math.sqrt(self.total.aa)),
+            "norm_b": finite(math.sqrt(self.total.bb)),
             "only_a": list(self.only_a),
             "only_b": list(self.only_b),
             "modules": [one.as_json() for one in self.modules],

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flux_ft.adapters.compare import finite
+from flux_ft.adapters.compare import at_least_zero, finite
 from flux_ft.adapters.flavours import detect_format, read_tensors
 from flux_ft.adapters.metadata import EXPORT_KEY
 from flux_ft.adapters.recognise import (
@@ -94,8 +94,8 @@ class ModuleLook:
             "what": self.what,
             "shape": None if self.shape is None else list(self.shape),
             "rank": self.rank,
-            "alpha": None if self.alpha is None else finite(self.alpha),
-            "norm": None if self.norm is None else finite(self.norm),
+            "alpha": finite(self.alpha),
+            "norm": finite(self.norm),
         }
 
 
@@ -347,7 +347,7 @@ def _as_numbers(tensor: Tensor) -> Tensor:
 def _pair_norm(up_OR: Tensor, down_RI: Tensor) -> float:
     """‖up @ down‖ by ⟨UᵀU, VVᵀ⟩ in float64."""
     up, down = up_OR.double(), down_RI.double()
-    return math.sqrt(max(0.0, float(((up.T @ up) * (down @ down.T)).sum())))
+    return math.sqrt(at_least_zero(float(((up.T @ up) * (down @ down.T)).sum())))
 
 
 def _subnormal_share(values: Tensor) -> float:

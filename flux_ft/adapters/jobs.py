@@ -18,8 +18,8 @@ from flux_ft import __version__, log
 from flux_ft.adapters.checkpoint_files import Checkpoint, open_checkpoint, require_pair
 from flux_ft.adapters.extract import LARGEST_RANK, ExtractionReport, Options, Work, extract, leftover_tensors, resize
 from flux_ft.adapters.formats import (
+    BLOCK_FORMATS,
     EXPORT_DTYPES,
-    FLAVOURS,
     compare_adapters,
     read_adapter,
     verify_written,
@@ -194,10 +194,10 @@ def _device(name: str | None) -> torch.device:
 def _require_output(output: Path, format: str, dtype: str) -> None:
     if output.suffix != ".safetensors":
         raise ConfigError(f"`{output}` does not end in .safetensors", hint="LoRA files are written as .safetensors")
-    if format not in FLAVOURS or dtype not in EXPORT_DTYPES:
+    if format not in BLOCK_FORMATS or dtype not in EXPORT_DTYPES:
         raise ConfigError(
             f"cannot write format `{format}` as `{dtype}`",
-            hint=f"formats: {', '.join(FLAVOURS)}; dtypes: {', '.join(EXPORT_DTYPES)}",
+            hint=f"formats: {', '.join(BLOCK_FORMATS)}; dtypes: {', '.join(EXPORT_DTYPES)}",
         )
 
 

@@ -157,10 +157,11 @@ def _inject(denoiser: nn.Module, name: str, ranks: dict[str, int], alphas: dict[
     config = LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(alphas.values())),
-        rank_pattern={re.escape(path): rank for path, rank in ranks.items()},
-        alpha_pattern={re.escape(path): alpha for path, alpha in alphas.items()},
+        # Whole paths: peft takes a pattern or a list's entry for the end of a path too, and `proj_out` ends others.
+        rank_pattern={f"^{re.escape(path)}": rank for path, rank in ranks.items()},
+        alpha_pattern={f"^{re.escape(path)}": alpha for path, alpha in alphas.items()},
         lora_dropout=dropout,
-        target_modules=list(ranks),
+        target_modules="|".join(map(re.escape, ranks)),
         init_lora_weights=False,
     )
     inject_adapter_in_model(config, denoiser, adapter_name=name)

@@ -159,14 +159,17 @@ def _table(layout: Layout) -> str:
     formats = [format for format in FORMATS if (layout.name, format) in DROPPED_BY]
     lines = ["| part | " + " | ".join(formats) + " |", "|---" * (len(formats) + 1) + "|"]
     for part in (BLOCKS, *outside, BIASES, NORMS):
-        cells = [_cell(DROPPED_BY[layout.name, format].get(part, {}), format) for format in formats]
+        cells = [_cell(DROPPED_BY[layout.name, format], part, format) for format in formats]
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(tools: Mapping[str, str], format: str) -> str:
+def _cell(table: Mapping[str, Mapping[str, str]], part: str, format: str) -> str:
+    tools = table.get(part, {})
+    if not tools and format == "bfl":
+        return "in complete control LoRAs"
     if not tools:
-        return "in complete control LoRAs" if format == "bfl" else "all tools"
+        return f"as {BLOCKS}" if BLOCKS in table else "all tools"
     if "" in tools:
         return "refused"
     by_effect: dict[str, list[str]] = {}

@@ -126,7 +126,7 @@ class Verification:
             "warnings": list(self.warnings),
             "against": self.against,
             "worst_error": finite(self.worst_error),
-            "scales": None if self.scales is None else list(self.scales),
+            "scales": None if self.scales is None else [finite(scale) for scale in self.scales],
             "missing": list(self.missing),
             "extra": list(self.extra),
             "wrong": [one.path for one in self.wrong],

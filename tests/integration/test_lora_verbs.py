@@ -89,9 +89,7 @@ def test_several_become_one(here: Here, make_lora: MakeLora, lora: Path, tmp_pat
 
 def test_a_pack_repeats_the_picture(here: Here, lora: Path, tmp_path: Path) -> None:
     picture = draw(lora, "drawn", tmp_path)
-    done = here(
-        "export", lora, "--preview", tmp_path / "drawn" / "00000.png", "--pack", tmp_path / "pack", "--json"
-    )
+    done = here("export", lora, "--preview", tmp_path / "drawn" / "00000.png", "--pack", tmp_path / "pack", "--json")
     assert done.code == 0, done.stderr
     names = {path.name for path in (tmp_path / "pack").iterdir()}
     assert names >= {"draw.py", "preview.png", "pack.json", "README.md"}

@@ -136,6 +136,15 @@ def test_a_reduction_to_the_true_rank_loses_nothing(tmp_path: Path) -> None:
     assert diff_files(paths[0], tmp_path / "o.safetensors").kind in ("same", "rounding")
 
 
+def test_a_reduction_may_leave_a_trace_where_nothing_was(tmp_path: Path) -> None:
+    """One part of a fused matrix does nothing; the directions of the others reach into its rows by rounding."""
+    state = random_lora([Q, K, V], 3)
+    silent = replace(state.layers[K], up_OR=torch.zeros_like(state.layers[K].up_OR))
+    paths = saved(tmp_path, [with_shared_down(replace(state, layers=state.layers | {K: silent}))])
+    found = combine_files(applied(paths, [1.0]), tmp_path / "o.safetensors", 2, dtype="fp32")
+    assert 0 < found.error <= found.worst_error < 1.5
+
+
 def test_a_large_rank_reduces_nothing(tmp_path: Path) -> None:
     paths = saved(tmp_path, [random_lora([OUT], 3), random_lora([OUT], 4, seed=1)])
     found = combine_files(applied(paths, [1.0, 1.0]), tmp_path / "o.safetensors", 64)

@@ -115,6 +115,14 @@ def test_a_lora_without_effect(left: float, right: float, kind: str) -> None:
     json.dumps(found.as_json(), allow_nan=False)
 
 
+def test_numbers_beyond_all_bounds_are_null_in_json() -> None:
+    state = random_lora([Q])
+    found = diff_states(scaled(state, 1e200), scaled(state, 1e200))
+    assert found.kind == "different", "nobody can tell"
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["norm_a"] is None
+    found.for_people()
+
+
 def test_other_shapes_are_another_model() -> None:
     found = diff_states(random_lora([Q]), random_lora([Q], width=24))
     assert found.kind == "different"

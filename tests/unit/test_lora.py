@@ -257,3 +257,20 @@ def test_a_module_that_is_no_linear_does_not_fit():
     layer = LoraLayer(torch.zeros(1, 8), torch.zeros(8, 1), 1.0)
     with pytest.raises(AdapterError, match="does not have"):
         lora.check_fit(Model(), AdapterState({"transformer_blocks.0.attn": layer}), "x")
+
+
+def test_a_module_whose_name_ends_another_is_adapted_alone():
+    model = Model()
+    model.proj_out = nn.Linear(8, 8)
+    deep = "transformer_blocks.0.proj_out"
+    model.transformer_blocks[0].proj_out = nn.Linear(8, 8)
+    layers = {
+        path: LoraLayer(torch.ones(rank, 8), torch.ones(8, rank), alpha)
+        for path, rank, alpha in (("proj_out", 3, 6.0), (deep, 2, 1.0))
+    }
+    x_BI = torch.ones(1, 8)
+    before = [model.get_submodule(path)(x_BI) for path in layers]
+    lora.attach_states(model, [("one", AdapterState(layers), 1.0)])
+    added = [model.get_submodule(path)(x_BI) - old for path, old in zip(layers, before, strict=True)]
+    assert [float(one.mean()) for one in added] == pytest.approx([8 * 3 * 2.0, 8 * 2 * 0.5])
+    assert sum(hasattr(module, "lora_A") for module in model.modules()) == 2
