@@ -54,7 +54,7 @@ def main() -> int:
         failed = [name for name, args in QUICK_CHECKS.items() if not check(name, [python, "-m", *args], environ)]
     except KeyboardInterrupt:
         return STOPPED
-    processes = ["-n", str(min(MOST_PROCESSES, available_cores())), "--dist", "loadfile"]
+    processes = ["-n", str(min(MOST_PROCESSES, available_cores())), "--dist", "loadfile", "--no-loadscope-reorder"]
     code = run_child([python, "-m", "pytest", *processes, *sys.argv[1:]], environ)
     if code == STOPPED:
         return STOPPED

@@ -60,6 +60,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of whole trainings first: they take longest, and no core shall wait for them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("trained") is None)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """accelerate takes the CPU even where there is a GPU; what it remembers between runs is wiped."""
