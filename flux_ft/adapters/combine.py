@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flux_ft import __version__
-from flux_ft.adapters.compare import EXACT, finite, module_differences, norm
+from flux_ft.adapters.compare import EXACT, ModuleDifference, Products, finite, module_differences, norm
 from flux_ft.adapters.extract import resize
 from flux_ft.adapters.formats import BLOCK_FORMATS, EXPORT_DTYPES, read_adapter, verify_written, write_adapter
 from flux_ft.adapters.fused import FusedModule, fuse, scaled_up, split
@@ -128,46 +128,84 @@ def combine_files(
     require_new(output)
     require_writable(output.parent, "output")
     states = [(one.path.stem, read_adapter(one.path), one.strength) for one in loras]
-    fused = format not in _SPLIT_FORMATS
-    whole = _without_cancellation(combined(states, fused=fused), states, fused)
-    sum_rank = _largest_rank(whole, fused)
-    final = whole
-    if rank is not None and rank < sum_rank:
-        final = replace(resize(whole, rank=rank, fused=fused), layout=whole.layout)
-    metadata = merged_metadata(states, final, format, title or output.stem, _largest_rank(final, fused), now())
-    write_adapter(output, final, format, EXPORT_DTYPES[dtype], metadata)
-    rounding = verify_written(output, final, EXPORT_DTYPES[dtype])
-    error, worst = (0.0, 0.0) if final is whole else _loss(whole, final)
+    found = combined(states, rank, fused=format not in _SPLIT_FORMATS)
+    metadata = merged_metadata(states, found.state, format, title or output.stem, found.rank, now())
+    write_adapter(output, found.state, format, EXPORT_DTYPES[dtype], metadata)
+    rounding = verify_written(output, found.state, EXPORT_DTYPES[dtype])
     return Combined(
-        output, tuple((name, strength) for name, _, strength in states), format, dtype, len(final.layers),
-        _largest_rank(final, fused), sum_rank, error, worst, rounding, output.stat().st_size,
+        output, tuple((name, strength) for name, _, strength in states), format, dtype, len(found.state.layers),
+        found.rank, found.sum_rank, found.error, found.worst_error, rounding, output.stat().st_size,
     )  # fmt: skip
 
 
-def combined(states: Sequence[tuple[str, AdapterState, float]], *, fused: bool = True) -> AdapterState:
-    """Σ strength · ΔW of (name, LoRA, strength), exact, in float32; without header entries.
+@dataclass(frozen=True)
+class Sum:
+    """Σ strength · ΔW in memory; its ranks are those of the matrices that were asked for, fused or split."""
 
-    `fused`: lay it out so that ranks stay small in formats with the original's modules: where a LoRA has one `down` for
-    q, k and v, all of the sum share one too. AdapterError when there is nothing to combine, or they do not fit.
+    state: AdapterState
+    rank: int
+    sum_rank: int
+    error: float
+    worst_error: float
+
+
+def combined(states: Sequence[tuple[str, AdapterState, float]], rank: int | None = None, *, fused: bool = True) -> Sum:
+    """The sum of (name, LoRA, strength), in float32, without header entries; matrix by matrix.
+
+    `fused` matrices are the original's, where q, k and v are one: where a LoRA has one `down` for them, all of the sum
+    share one too, so that ranks stay small. Otherwise each diffusers linear has its own. AdapterError when there is
+    nothing to combine, when they do not fit, or cancel each other out.
     """
     _require_combinable(states)
     acting = [(state, strength) for _, state, strength in states if strength]
-    layout = LAYOUTS[acting[0][0].layout]
     layers: dict[str, LoraLayer] = {}
-    if fused:
-        views = [(fuse(state), strength) for state, strength in acting]
-        for name in dict.fromkeys(name for view, _ in views for name in view):
-            parts = [(view[name], strength) for view, strength in views if name in view]
-            if any(part.shared and len(part.parts) > 1 for part, _ in parts):
-                pairs = [(part.down().float(), part.up() * strength) for part, strength in parts]
-                layers |= split(name, _side_by_side(pairs), layout)
-    for path in dict.fromkeys(path for state, _ in acting for path in state.layers):
-        if path not in layers:
-            found = [(state.layers[path], strength) for state, strength in acting if path in state.layers]
-            layers[path] = _side_by_side(
-                [(one.down_RI.detach().float(), scaled_up(one) * strength) for one, strength in found]
-            )
-    return AdapterState(dict(sorted(layers.items())), layout=layout.name)
+    losses: list[ModuleDifference] = []
+    ranks, sum_ranks = [0], [0]
+    for whole in _matrices(acting, fused):
+        kept, left = _without_cancelled(whole, acting)
+        if not kept.layers:
+            continue
+        sum_rank = _largest_rank(kept, fused)
+        most = min(rank or sum_rank, sum_rank)
+        # Factors much larger than their product would drown it when they are rounded.
+        final = _reduced(kept, most, fused) if most < sum_rank or left < CANCELLED else kept
+        losses += [] if most == sum_rank else module_differences(kept, final)
+        layers |= final.layers
+        ranks.append(_largest_rank(final, fused))
+        sum_ranks.append(sum_rank)
+    if not layers:
+        raise AdapterError("the LoRAs cancel each other out: nothing is left", hint="check the strengths")
+    state = AdapterState(dict(sorted(layers.items())), layout=acting[0][0].layout)
+    # A matrix of full rank already is part of what the error is relative to.
+    reduced = {one.path for one in losses}
+    sizes = [norm(layer) ** 2 for path, layer in state.layers.items() if losses and path not in reduced]
+    error, worst = _loss([one.products for one in losses if one.products is not None], math.fsum(sizes))
+    return Sum(state, max(ranks), max(sum_ranks), error, worst)
+
+
+def _matrices(acting: Sequence[tuple[AdapterState, float]], fused: bool) -> Iterator[AdapterState]:
+    """The exact sum, one original matrix (or one diffusers linear) at a time."""
+    layout = LAYOUTS[acting[0][0].layout]
+    if not fused:
+        for path in dict.fromkeys(path for state, _ in acting for path in state.layers):
+            yield AdapterState({path: _summed(path, acting)}, layout=layout.name)
+        return
+    views = [(fuse(state), strength) for state, strength in acting]
+    for name in dict.fromkeys(name for view, _ in views for name in view):
+        parts = [(view[name], strength) for view, strength in views if name in view]
+        if any(part.shared and len(part.parts) > 1 for part, _ in parts):
+            pairs = [(part.down().float(), part.up() * strength) for part, strength in parts]
+            layers = split(name, _side_by_side(pairs), layout)
+        else:
+            positions = sorted({position for part, _ in parts for position in part.parts})
+            paths = [layout.parts(name)[position] for position in positions]
+            layers = {path: _summed(path, acting) for path in paths}
+        yield AdapterState(layers, layout=layout.name)
+
+
+def _summed(path: str, acting: Sequence[tuple[AdapterState, float]]) -> LoraLayer:
+    found = [(state.layers[path], strength) for state, strength in acting if path in state.layers]
+    return _side_by_side([(one.down_RI.detach().float(), scaled_up(one) * strength) for one, strength in found])
 
 
 def _side_by_side(pairs: Sequence[tuple[Tensor, Tensor]]) -> LoraLayer:
@@ -176,24 +214,22 @@ def _side_by_side(pairs: Sequence[tuple[Tensor, Tensor]]) -> LoraLayer:
     return LoraLayer(down_RI, up_OR, float(len(down_RI)))
 
 
-def _without_cancellation(
-    whole: AdapterState, states: Sequence[tuple[str, AdapterState, float]], fused: bool
-) -> AdapterState:
-    """The same sum, in factors of its own size where those of its parts are much larger: rounding would drown it.
-
-    Modules where nothing is left go. AdapterError when nothing is left anywhere.
-    """
+def _without_cancelled(whole: AdapterState, acting: Sequence[tuple[AdapterState, float]]) -> tuple[AdapterState, float]:
+    """`whole` less what cancels out, and how large the rest is at least: ‖Σ‖ in shares of √Σ‖·‖²."""
     left = {}
     for path, layer in whole.layers.items():
-        size = math.hypot(*(s * norm(one.layers[path]) for _, one, s in states if path in one.layers))
+        size = math.hypot(*(s * norm(one.layers[path]) for one, s in acting if path in one.layers))
         left[path] = norm(layer) / size if size else 1.0
     kept = {path: layer for path, layer in whole.layers.items() if left[path] > EXACT}
-    if not kept:
-        raise AdapterError("the LoRAs cancel each other out: nothing is left", hint="check the strengths")
-    whole = replace(whole, layers=kept)
-    if min(left[path] for path in kept) >= CANCELLED:
-        return whole
-    return replace(resize(whole, rank=_largest_rank(whole, fused), fused=fused), layout=whole.layout)
+    return replace(whole, layers=kept), min((left[path] for path in kept), default=1.0)
+
+
+def _reduced(state: AdapterState, rank: int, fused: bool) -> AdapterState:
+    """By SVD, in balanced factors; untrained modules, which have no directions, keep some of theirs."""
+    if any(layer.up_OR.any() and layer.down_RI.any() for layer in state.layers.values()):
+        return resize(state, rank=rank, fused=fused)
+    cut = {path: LoraLayer(one.down_RI[:1], one.up_OR[:, :1], 1.0) for path, one in state.layers.items()}
+    return replace(state, layers=cut)
 
 
 def _require_combinable(states: Sequence[tuple[str, AdapterState, float]]) -> None:
@@ -230,10 +266,9 @@ def _largest_rank(state: AdapterState, fused: bool) -> int:
     return max(one.rank for one in modules)
 
 
-def _loss(whole: AdapterState, reduced: AdapterState) -> tuple[float, float]:
-    """(error over all modules, error of the worst), relative."""
-    found = [one.products for one in module_differences(whole, reduced) if one.products is not None]
-    total = math.fsum(one.aa for one in found)
+def _loss(found: Sequence[Products], others: float) -> tuple[float, float]:
+    """(error over all modules, error of the worst), relative. `others`: ‖ΔW‖² of the modules that are exact."""
+    total = math.fsum([others, *(one.aa for one in found)])
     # A part without any change gets a trace of one where it shares a fused matrix with others: no relative error there.
     worst = max((one.error for one in found if one.aa), default=0.0)
     return math.sqrt(math.fsum(one.gap for one in found) / total) if total else 0.0, worst

@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+from _memory import peak_bytes
 from fuzz.lora_files import Case, make_case
 
 from flux_ft.errors import FluxFTError
@@ -107,13 +108,3 @@ def read_all(start: int, stop: int) -> None:
             outcomes[check(make_case(random.Random(seed)), path)] += 1
             before = before or peak_bytes()
     print(json.dumps({"outcomes": outcomes, "growth_bytes": peak_bytes() - before}))
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from _memory import peak_bytes
 from fuzz.images import make_image
 
 from flux_ft.data.buckets import bucket_for
@@ -89,13 +90,3 @@ def read_all(start: int, stop: int) -> None:
         outcomes[check(seed)] += 1
         assert time.perf_counter() - began < SLOWEST_S, "too slow"
     print(json.dumps({"outcomes": outcomes, "peak_bytes": peak_bytes()}))
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held; 0 where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

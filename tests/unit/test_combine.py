@@ -86,7 +86,7 @@ def test_one_lora_at_full_strength_stays_itself(tmp_path: Path) -> None:
 def test_fused_ranks_add_up_and_shared_factors_stay_shared(shared: tuple[bool, bool], rank: int) -> None:
     states = [random_lora([Q, K, V], ranks, seed=ranks) for ranks in (2, 4)]
     states = [with_shared_down(one) if share else one for one, share in zip(states, shared, strict=True)]
-    total = combined([("a", states[0], 1.0), ("b", states[1], 0.5)])
+    total = combined([("a", states[0], 1.0), ("b", states[1], 0.5)]).state
     assert fuse(total)["double_blocks.0.img_attn.qkv"].rank == rank
     assert worst_against_formed(total, states, [1.0, 0.5]) <= 1e-6
 
@@ -96,14 +96,14 @@ def test_a_shared_factor_is_kept_where_the_other_lora_lacks_a_part() -> None:
         with_shared_down(random_lora([Q, K, V], 2, seed=1)),
         with_shared_down(random_lora([Q, V], 4, seed=2), (Q, V)),
     ]
-    total = combined([("a", states[0], 1.0), ("b", states[1], 1.0)])
+    total = combined([("a", states[0], 1.0), ("b", states[1], 1.0)]).state
     assert fuse(total)["double_blocks.0.img_attn.qkv"].rank == 6
     assert worst_against_formed(total, states, [1.0, 1.0]) <= 1e-6
 
 
 def test_split_ranks_add_up() -> None:
     states = [with_shared_down(random_lora([Q, K, V], 2, seed=1)), random_lora([Q, K, V], 4, seed=2)]
-    total = combined([("a", states[0], 1.0), ("b", states[1], 1.0)], fused=False)
+    total = combined([("a", states[0], 1.0), ("b", states[1], 1.0)], fused=False).state
     assert {layer.rank for layer in total.layers.values()} == {6}
 
 
@@ -143,6 +143,23 @@ def test_a_reduction_may_leave_a_trace_where_nothing_was(tmp_path: Path) -> None
     paths = saved(tmp_path, [with_shared_down(replace(state, layers=state.layers | {K: silent}))])
     found = combine_files(applied(paths, [1.0]), tmp_path / "o.safetensors", 2, dtype="fp32")
     assert 0 < found.error <= found.worst_error < 1.5
+
+
+def test_the_error_is_relative_to_all_modules_also_those_that_were_small_enough(tmp_path: Path) -> None:
+    state = random_lora([Q, OUT], lambda path: 2 if path == OUT else 8)
+    found = combine_files(applied(saved(tmp_path, [state]), [1.0]), tmp_path / "o.safetensors", 4, dtype="fp32")
+    got = read_adapter(found.output)
+    deltas = [[delta_weight(one.layers[path]) for path in (Q, OUT)] for one in (state, got)]
+    gap = sum(float((first - second).norm() ** 2) for first, second in zip(*deltas, strict=True))
+    assert found.error == pytest.approx((gap / sum(float(one.norm() ** 2) for one in deltas[0])) ** 0.5, rel=1e-3)
+
+
+def test_untrained_loras_combine_at_any_rank(tmp_path: Path) -> None:
+    state = random_lora([Q, OUT], 4)
+    fresh = {path: replace(one, up_OR=torch.zeros_like(one.up_OR)) for path, one in state.layers.items()}
+    paths = saved(tmp_path, [replace(state, layers=fresh)] * 2)
+    found = combine_files(applied(paths, [1.0, 1.0]), tmp_path / "o.safetensors", 2)
+    assert (found.error, diff_files(paths[0], found.output).kind) == (0.0, "same")
 
 
 def test_a_large_rank_reduces_nothing(tmp_path: Path) -> None:
