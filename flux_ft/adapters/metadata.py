@@ -74,6 +74,8 @@ class ExportInfo:
     tool_version: str
     batch_size: int = 1
     """Pictures per optimizer step."""
+    thumbnail: str = ""
+    """A small picture as a data URL; empty without one."""
 
 
 def build_metadata(info: ExportInfo, *, flavour: str, modules: Iterable[str]) -> dict[str, str]:
@@ -105,6 +107,8 @@ def _modelspec(info: ExportInfo) -> dict[str, str]:
     if info.trigger_word:
         entries["trigger_phrase"] = info.trigger_word
         entries["usage_hint"] = f"Put {info.trigger_word} into the prompt; strength 1 is as trained."
+    if info.thumbnail:
+        entries["thumbnail"] = info.thumbnail
     return {f"modelspec.{key}": value for key, value in entries.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +30,15 @@ def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> Non
     buffer = BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)
     write_whole(path, buffer.getvalue())
+
+
+def data_url(image: Image.Image, side_px: int = 256) -> str:
+    """A JPEG of at most `side_px` on each side, in text; ModelSpec 1.0.1 asks for such a thumbnail."""
+    small = image.convert("RGB")
+    small.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def labelled_grid(

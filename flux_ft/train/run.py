@@ -28,7 +28,7 @@ from flux_ft.errors import ConfigError, StoppedByUser, StorageError
 from flux_ft.families.base import Family
 from flux_ft.families.registry import open_family
 from flux_ft.files import require_writable, write_whole
-from flux_ft.infer.grid import save_png
+from flux_ft.infer.grid import data_url, save_png
 from flux_ft.infer.runner import release_memory
 from flux_ft.plan import check_run
 from flux_ft.runfile import dump_run
@@ -491,6 +491,7 @@ def export(
         base_model=family.variant.name,
         tool_version=__version__,
         batch_size=config.optim.batch_size * config.optim.accumulate * state.accelerator.num_processes,
+        thumbnail=thumbnail(folder / "previews", state.step),
     )
     dtype = EXPORT_DTYPES[config.export.dtype]
     written: dict[str, Path] = {}
@@ -502,6 +503,15 @@ def export(
         log.say(f"wrote {path} ({name}, {path.stat().st_size / 1e6:.1f} MB); read back, ΔW within {error:.1e}")
         written[name], worst = path, max(worst, error)
     return written, worst
+
+
+def thumbnail(previews: Path, step: int) -> str:
+    """The first preview after `step` steps, small, for the header; nothing where none was drawn."""
+    path = previews / f"step-{step:06d}" / "00.png"
+    if not path.is_file():
+        return ""
+    with Image.open(path) as picture:
+        return data_url(picture)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

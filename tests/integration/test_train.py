@@ -259,6 +259,7 @@ class TestLoraFiles:
     def test_header_tells_trigger_word_and_config_and_no_paths(self, straight: Run, name: str, scenes: Path) -> None:
         entries = header(straight.folder / name)
         assert entries["modelspec.trigger_phrase"] == "TOK"
+        assert entries["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
         config = json.loads(entries["flux_ft.export"])["config"]
         assert config["iterations"] == STEPS
         assert config["lora_rank"] == 4

@@ -1,6 +1,8 @@
 """Pictures and tables of pictures."""
 
+import base64
 import errno
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from flux_ft.errors import StorageError
-from flux_ft.infer.grid import labelled_grid, save_png, to_image, wrap_text
+from flux_ft.infer.grid import data_url, labelled_grid, save_png, to_image, wrap_text
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -104,3 +106,13 @@ def test_long_labels_fit_above_their_column():
     sheet = labelled_grid([[colour(RED)]], ["step 100"], [words], 64)
     assert sheet.height > 64 + 16 * 4
     assert np.asarray(sheet.convert("L")).min() < 60  # something was written
+
+
+def test_a_thumbnail_is_a_small_jpeg_in_text():
+    head, _, body = data_url(Image.new("RGB", (1024, 512), "red")).partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(BytesIO(base64.b64decode(body))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (256, 128))
+        red, green, blue = picture.convert("RGB").getpixel((5, 5))
+    assert red > 240
+    assert max(green, blue) < 20

@@ -172,3 +172,11 @@ def test_the_file_tells_its_own_rank(tmp_path: Path) -> None:
 def test_loads_without_torch() -> None:
     code = "import sys, flux_ft.adapters.metadata; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_thumbnail_goes_in_where_there_is_one() -> None:
+    url = "data:image/jpeg;base64,AAAA"
+    with_one, without = (
+        build_metadata(info, flavour="kohya", modules=MODULES) for info in (replace(INFO, thumbnail=url), INFO)
+    )
+    assert with_one == without | {"modelspec.thumbnail": url}
