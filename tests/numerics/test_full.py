@@ -226,6 +226,22 @@ def test_bf16_weights_learn(start_full: Start, rounding: str, name: str) -> None
     assert found >= (matrices if rounding == "stochastic" else set(before))
 
 
+def test_the_runs_seed_keys_the_rounding(start_full: Start) -> None:
+    """Equal weights and gradients: what differs is rounding's draws, and the same seed draws the same."""
+
+    def moved(seed: int) -> list[Tensor]:
+        state = start_full(seed=seed, memory={"base_precision": "bf16", "fused_backward": False}).state
+        for parameter in state.trained.values():
+            parameter.grad = torch.ones_like(parameter)
+        state.updates.begin(0, 1e-4)
+        state.updates.finish()
+        return [parameter.detach().clone() for parameter in state.trained.values()]
+
+    first, again, other = moved(3), moved(3), moved(4)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, other))
+
+
 def test_small_steps_in_bf16_go_where_float32_goes(start_full: Start) -> None:
     """At 1e-6, where matrices of 0.1 lie 2^-11 apart: the length that bf16's change has along float32's. Only rounding
     to nearest, which is what the model's own weights are beside a remainder or a copy, loses nearly all of it."""
