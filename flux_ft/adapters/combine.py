@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from flux_ft.adapters.extract import resize
 from flux_ft.adapters.formats import BLOCK_FORMATS, EXPORT_DTYPES, read_adapter, verify_written, write_adapter
 from flux_ft.adapters.fused import FusedModule, fuse, scaled_up, split
 from flux_ft.adapters.inspect import trigger_words
-from flux_ft.adapters.metadata import ARCHITECTURES, EXPORT_KEY, EXPORT_VERSION, SCALE_RULE
+from flux_ft.adapters.metadata import ARCHITECTURES, EXPORT_KEY, EXPORT_VERSION, SCALE_RULE, Clock, utc_now
 from flux_ft.adapters.recognise import known_size, width_of
 from flux_ft.adapters.write_files import require_new
 from flux_ft.errors import AdapterError, ConfigError
@@ -40,12 +40,6 @@ CANCELLED = 0.3
 """A sum smaller than this share of its parts loses digits when their factors are rounded as they are."""
 _SPLIT_FORMATS = ("diffusers",)
 """Those whose modules are diffusers'; all others have the original's, fused ones."""
-
-Clock = Callable[[], datetime.datetime]
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
 
 
 @dataclass(frozen=True)
@@ -110,7 +104,7 @@ def combine_files(
     format: str = "kohya",
     dtype: str = "bf16",
     title: str | None = None,
-    now: Clock = _now,
+    now: Clock = utc_now,
 ) -> Combined:
     """Write one LoRA that acts as all of `loras` together, each at its strength, and read it back.
 

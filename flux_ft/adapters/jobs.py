@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from flux_ft.adapters.formats import (
     write_adapter,
 )
 from flux_ft.adapters.merge import MergeReport, merge
-from flux_ft.adapters.metadata import EXPORT_KEY, ExportInfo, build_metadata
+from flux_ft.adapters.metadata import EXPORT_KEY, Clock, ExportInfo, build_metadata, utc_now
 from flux_ft.adapters.write_files import SHARD_BYTES, require_free, require_new
 from flux_ft.errors import AdapterError, ConfigError, InputError, ModelError, StoppedByUser, first_line
 from flux_ft.families.base import Variant
@@ -42,12 +42,6 @@ _OF_TRAINING = (
     "ss_optimizer", "ss_num_train_images", "ss_training_started_at", "ss_training_finished_at", "ss_resolution",
     "ss_tag_frequency",
 )  # fmt: skip
-
-Clock = Callable[[], datetime.datetime]
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ def extract_files(
     device: str | None = None,
     leftovers: bool = False,
     seed: int = 0,
-    now: Clock = _now,
+    now: Clock = utc_now,
 ) -> Extracted:
     """Write the LoRA of `tuned` − `base` to `output`, the report beside it, and what no LoRA holds if asked for.
 

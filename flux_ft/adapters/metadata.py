@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
@@ -40,6 +40,14 @@ ARCHITECTURES: dict[str, tuple[str, str]] = {
 _PRIVATE_KEYS = frozenset(
     ("data", "output", "author", "user", "prompt", "prompts", "negative_prompt", "caption", "captions", "token")
 )
+
+
+Clock = Callable[[], datetime]
+
+
+def utc_now() -> datetime:
+    """What a file's dates are of."""
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)
