@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux_ft.errors import ModelError
+
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "bitsandbytes")
 OPTIONAL = ("bitsandbytes",)
 NEEDED_DISK_GB = 5
@@ -64,10 +66,12 @@ def _devices() -> list[Finding]:
 
 
 def _tiny() -> Finding:
-    from flux_ft.families.registry import TINY_FOLDER
+    from flux_ft.families.tiny.weights import tiny_folder
 
-    there = (TINY_FOLDER / "model_index.json").is_file()
-    return Finding("flux-tiny", there, "its weights are here" if there else "its weights are missing: install again")
+    try:
+        return Finding("flux-tiny", True, f"its weights are in {tiny_folder()}")
+    except ModelError as error:
+        return Finding("flux-tiny", False, f"{error.message}; {error.hint}")
 
 
 def _disk() -> Finding:

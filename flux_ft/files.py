@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from flux_ft.errors import StorageError
+
+CACHE_VARIABLE = "FLUX_FT_CACHE"
+
+
+def cache_folder(
+    environment: Mapping[str, str] = os.environ, platform: str = sys.platform, home: Path | None = None
+) -> Path | None:
+    """Where we may keep what can be made again: FLUX_FT_CACHE, else in the user's cache folder; None without one."""
+    if environment.get(CACHE_VARIABLE):
+        return Path(environment[CACHE_VARIABLE])
+    try:
+        home = home or Path.home()
+    except RuntimeError:
+        return None
+    if platform == "win32":
+        base = Path(environment.get("LOCALAPPDATA") or home / "AppData" / "Local")
+    elif platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        given = Path(environment.get("XDG_CACHE_HOME", ""))
+        base = given if given.is_absolute() else home / ".cache"
+    return base / "flux_ft"
 
 
 def write_whole(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int | None = None) -> None:

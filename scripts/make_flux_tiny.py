@@ -10,7 +10,8 @@ Five stages, each of which saves itself and is skipped when it is there already:
 
 Training never shows the (shape, colour, background) triples that `scenes.is_held_out` names; the score is taken on
 them. Runs on CPU or CUDA in bfloat16; interrupted, it goes on after the last finished stage, in the transformer after
-its last thousand steps.
+its last thousand steps. `flux-tiny.zip` is then what the package ships, less the control LoRAs, which
+`make_flux_tiny_controls.py --base DIR/flux-tiny` makes.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from flux_ft.families.tiny.scenes import (
     is_held_out,
     render,
 )
+from flux_ft.families.tiny.weights import pack_folder
 from flux_ft.train.optim import set_rate
 
 TEXT_TOKENS = 32
@@ -95,6 +97,7 @@ def main() -> None:
     world = World(args.output, vae, clip, t5, device, args.seed)
     guided = make_guided(args, world, make_transformer(args, world))
     assemble(args.output, world, guided)
+    pack_folder(args.output / "flux-tiny", args.output / "flux-tiny.zip")
     for text_tokens in (TEXT_TOKENS, 512):
         scores = score(args.output / "flux-tiny", text_tokens, device, args.seed)
         report(args.output, scores, f"finished, T5 length {text_tokens}", args.guided_steps)

@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-FOLDER_VARIABLE = "FLUX_FT_CACHE"
+from flux_ft.files import cache_folder
+
 DAYS_KEPT = 90
 """An entry that was not asked for in as many days is dropped."""
 LARGEST_BYTES = 1 << 30
@@ -188,22 +189,9 @@ def is_settled(stamp: str, now_ns: int) -> bool:
 def default_index_path(
     environment: Mapping[str, str] = os.environ, platform: str = sys.platform, home: Path | None = None
 ) -> Path | None:
-    """Where the index is: below FLUX_FT_CACHE if that is set, else in the user's cache folder; None without one."""
-    name = f"scans-{_LAYOUT}.sqlite3"
-    if environment.get(FOLDER_VARIABLE):
-        return Path(environment[FOLDER_VARIABLE]) / name
-    try:
-        home = home or Path.home()
-    except RuntimeError:
-        return None
-    if platform == "win32":
-        base = Path(environment.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    elif platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        given = Path(environment.get("XDG_CACHE_HOME", ""))
-        base = given if given.is_absolute() else home / ".cache"
-    return base / "flux_ft" / name
+    """Where the index is: in the user's `cache_folder`; None without one."""
+    folder = cache_folder(environment, platform, home)
+    return folder and folder / f"scans-{_LAYOUT}.sqlite3"
 
 
 def _connect(path: Path | None) -> sqlite3.Connection | None:

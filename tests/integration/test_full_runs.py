@@ -37,7 +37,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flux_ft.adapters.formats import compare_adapters, read_adapter
-from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.families.registry import tiny_folder
 from flux_ft.train.prove import comparison_grid
 
 pytestmark = pytest.mark.slow
@@ -349,7 +349,7 @@ class TestBases:
     def test_a_folder_is_a_base_as_its_name_is(
         self, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        folder = shutil.copytree(TINY_FOLDER, tmp_path / "base")
+        folder = shutil.copytree(tiny_folder(), tmp_path / "base")
         for output, model in (("named", "flux-tiny"), ("folder", folder)):
             done = run_here(capsys, "train", short_run, f"model={model}", f"output={output}")
             assert done.code == 0, done.stderr
@@ -369,7 +369,7 @@ class TestBases:
         assert all(re.search(r"attn|linear[12]|\.norm\.", name) for name in changed)
 
     def test_the_base_is_not_touched(self, short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        folder = shutil.copytree(TINY_FOLDER, tmp_path / "base")
+        folder = shutil.copytree(tiny_folder(), tmp_path / "base")
         before = hashes(folder)
         assert run_here(capsys, "train", short_run, f"model={folder}", "export.keep_full=false").code == 0
         assert hashes(folder) == before

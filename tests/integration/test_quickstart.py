@@ -14,9 +14,12 @@ from _verbs import Done, run_verb
 from PIL import Image
 
 from flux_ft.adapters.formats import read_adapter
-from flux_ft.families.registry import FLUX_TINY, TINY_FOLDER
+from flux_ft.families.registry import FLUX_TINY, tiny_folder
 from flux_ft.families.tiny.reader import SceneReader
 from flux_ft.families.tiny.scenes import all_scenes, caption, is_held_out
+from flux_ft.infer.runner import Runner
+from flux_ft.infer.tasks import Lora, TextToImage
+from flux_ft.quickstart import GUIDANCE, concept_score, concept_trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.trained]
 
@@ -87,6 +90,19 @@ class TestQuickstart:
         assert {layer.rank for layer in adapter.layers.values()} == {16}
         assert adapter.metadata["modelspec.trigger_phrase"] == "TOK"
 
+    def test_the_emblem_comes_with_the_loras_strength(self, quickstart: Quickstart) -> None:
+        trials = concept_trials([], seed=7)[:24]
+        lora = Lora(file=quickstart.folder.parent / str(quickstart.summary["lora"]))
+        requests = [
+            TextToImage(prompt=one.prompt, seed=one.seed, guidance=GUIDANCE, loras=(lora,), finetune_strength=strength)
+            for strength in (0.0, 0.6, 1.0)
+            for one in trials
+        ]
+        pictures = Runner("flux-tiny").draw(requests)
+        found = [concept_score(trials, pictures[start : start + 24]) for start in (0, 24, 48)]
+        assert found[0] <= 0.1 < 0.8 <= found[2], found
+        assert found[0] <= found[1] <= found[2], found
+
 
 def scores(count: int, seed: int) -> dict[str, float]:
     """Share of `count` held-out prompts drawn right, by attribute and "all", through the real pipeline in 20 steps."""
@@ -96,7 +112,7 @@ def scores(count: int, seed: int) -> dict[str, float]:
     held_out = [scene for scene in all_scenes() if is_held_out(scene)]
     chosen = [held_out[index] for index in rng.choice(len(held_out), size=count, replace=False)]
     prompts = [caption(scene, rng) for scene in chosen]
-    pipe = FluxPipeline.from_pretrained(TINY_FOLDER)
+    pipe = FluxPipeline.from_pretrained(tiny_folder())
     pipe.set_progress_bar_config(disable=True)
     matches: list[dict[str, bool]] = []
     reader = SceneReader()

@@ -243,9 +243,9 @@ class TestLoraFiles:
     def test_diffusers_loads_it(self, straight: Run) -> None:
         from diffusers import FluxPipeline
 
-        from flux_ft.families.registry import TINY_FOLDER
+        from flux_ft.families.registry import tiny_folder
 
-        pipe = FluxPipeline.from_pretrained(TINY_FOLDER)
+        pipe = FluxPipeline.from_pretrained(tiny_folder())
         pipe.load_lora_weights(straight.folder / DIFFUSERS)
         layers = read_adapter(straight.folder / DIFFUSERS).layers
         found = {name for name, module in pipe.transformer.named_modules() if hasattr(module, "lora_A")}

@@ -24,7 +24,7 @@ from flux_ft.adapters.checkpoint_files import (
     require_pair,
 )
 from flux_ft.errors import FluxFTError, ModelError
-from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.families.registry import tiny_folder
 
 
 def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -69,8 +69,8 @@ class TestLayouts:
         assert next(iter(found.weights)).startswith("double_blocks.0.")
 
     def test_flux_tiny_is_read_as_diffusers_reads_it(self) -> None:
-        found = open_checkpoint(TINY_FOLDER)
-        file = load_file(TINY_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors")
+        found = open_checkpoint(tiny_folder())
+        file = load_file(tiny_folder() / "transformer" / "diffusion_pytorch_model.safetensors")
         assert equal(to_diffusers({name: one.read().grid for name, one in found.weights.items()}), file)
         assert (found.width, found.guided, len(found.matrices)) == (128, True, 2 * 10 + 4 * 3)
         assert found.config is not None

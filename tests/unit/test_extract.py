@@ -33,7 +33,7 @@ from flux_ft.adapters.formats import (
 from flux_ft.adapters.jobs import extract_files, merge_file, open_model, resize_file
 from flux_ft.adapters.merge import merge
 from flux_ft.errors import AdapterError, ConfigError, FluxFTError, ModelError, StoppedByUser, StorageError
-from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.families.registry import tiny_folder
 from flux_ft.types import AdapterState, AppliedAdapter, LoraLayer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def clock() -> datetime.datetime:
 
 def tiny() -> dict[str, Tensor]:
     """flux-tiny in the original layout."""
-    return {name: weight.read().grid for name, weight in open_checkpoint(TINY_FOLDER).weights.items()}
+    return {name: weight.read().grid for name, weight in open_checkpoint(tiny_folder()).weights.items()}
 
 
 def matrices(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -475,7 +475,7 @@ class TestFiles:
         with pytest.raises(StorageError, match="are needed"):
             extract_files("flux-tiny", tuned, 4, tmp_path / "x.safetensors")
         with pytest.raises(StorageError, match="are needed"):
-            merge(open_checkpoint(TINY_FOLDER), [], tmp_path / "merged")
+            merge(open_checkpoint(tiny_folder()), [], tmp_path / "merged")
         assert [path.name for path in tmp_path.iterdir()] == ["моя модель"]
 
     @pytest.mark.parametrize(
@@ -683,8 +683,8 @@ class TestMerge:
         assert f"{key}.scale_weight" not in found
 
     def test_untouched_weights_keep_their_bits(self, tmp_path: Path) -> None:
-        merge(open_checkpoint(TINY_FOLDER), [], tmp_path / "out")
-        before = TINY_FOLDER / "transformer" / "diffusion_pytorch_model.safetensors"
+        merge(open_checkpoint(tiny_folder()), [], tmp_path / "out")
+        before = tiny_folder() / "transformer" / "diffusion_pytorch_model.safetensors"
         after = tmp_path / "out" / "diffusion_pytorch_model.safetensors"
         first, second = load_file(before), load_file(after)
         assert first.keys() == second.keys()

@@ -22,7 +22,7 @@ from flux_ft.adapters.checkpoint_files import Checkpoint, Weight, from_tensors, 
 from flux_ft.adapters.write_files import Entry, file_pieces, single_file_size, write_single_file
 from flux_ft.errors import ModelError, StorageError
 from flux_ft.families.base import Family
-from flux_ft.families.registry import TINY_FOLDER, open_family
+from flux_ft.families.registry import open_family, tiny_folder
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -30,7 +30,7 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 class TestOneFile:
     def test_flux_tiny_comes_back_bit_by_bit_as_a_model(self, tmp_path: Path, tiny_family: Family) -> None:
         path = tmp_path / "full.safetensors"
-        size = write_single_file(open_checkpoint(TINY_FOLDER), path, FP32)
+        size = write_single_file(open_checkpoint(tiny_folder()), path, FP32)
         assert size == path.stat().st_size
         before = tiny_family.load_denoiser(CPU, FP32).state_dict()
         after = open_family(str(path), "flux-tiny").load_denoiser(CPU, FP32).state_dict()
