@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +56,13 @@ def resolution_mu(tokens: int, base: tuple[int, float] = (256, 0.5), top: tuple[
 def sampling_sigmas(steps: int, mu: float) -> Tensor:
     """The `steps + 1` sigmas of an Euler sampler, float32, from 1 down to 0, shifted by `mu`.
 
-    Before the shift they fall evenly from 1 to 1/steps, then end at 0, as the diffusers FLUX pipeline spaces them.
+    Before the shift they fall evenly from 1 to 1/steps, then end at 0. Rounded as the diffusers FLUX pipelines do, so
+    that the numbers are theirs to the bit.
     """
-    sigmas = shift_sigma(torch.linspace(1.0, 1.0 / steps, steps), mu)
-    return torch.cat([sigmas, torch.zeros(1)])
+    sigmas = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+    if mu != 0:
+        sigmas = np.asarray(math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1)), np.float32)
+    return torch.cat([torch.from_numpy(sigmas), torch.zeros(1)])
 
 
 def interpolate(x0_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:

@@ -179,6 +179,11 @@ def check_run(config: RunConfig) -> Checked:
             f"`model: {config.model}` is step-distilled: training it undoes the distillation",
             hint="train on flux1-dev and use the LoRA on both, or set `allow_distilled: true`",
         )
+    if variant.image_input != "none":
+        raise ModelError(
+            f"`model: {config.model}` takes pictures besides text, and such models are not trained yet",
+            hint="train on flux1-dev: its LoRAs act on Fill, Canny and Depth models too",
+        )
     if config.optim.name.endswith("8bit") and find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"`optim.name: {config.optim.name}` needs bitsandbytes, which is not installed",

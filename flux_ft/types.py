@@ -218,6 +218,16 @@ class TextCond:
 
 
 @dataclass(frozen=True)
+class ImageCond:
+    """What a denoiser is shown besides text, as normalised latents."""
+
+    channels_BCHW: Tensor | None = None
+    """Put beside the noised latents, channel by channel: what Fill, Canny and Depth models take."""
+    reference_BCHW: Tensor | None = None
+    """A picture of any size whose tokens follow those of the noised latents: what Kontext models take."""
+
+
+@dataclass(frozen=True)
 class CachedExample:
     """One encoded picture and caption; the latent is normalised by the family's shift and scale."""
 

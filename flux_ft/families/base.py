@@ -7,13 +7,18 @@ it there are latents_BCHW (always normalised), sigma in [0, 1] and a velocity. T
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from flux_ft.types import TextCond
+    from flux_ft.families.quantize import Storage
+    from flux_ft.types import ImageCond, TextCond
+
+ImageInput = Literal["none", "control", "fill", "reference"]
+"""What a denoiser takes besides text: nothing; a control picture's latents as further channels; a picture's latents
+with a hole and the mask as further channels; a picture's latents as further tokens."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Variant:
     use to it."""
     distilled: bool = False
     """Step-distilled bases lose their speed-up when trained, so they are refused unless the user says so."""
+    image_input: ImageInput = "none"
+    """Only models that take none are trained."""
     license: str = ""
     architecture: str = ""
     """ModelSpec architecture of a LoRA for it."""
@@ -71,12 +78,20 @@ class Family(Protocol):
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
+    def load_denoiser(
+        self, device: torch.device, dtype: torch.dtype, storage: Storage | None = None, stream: bool = False
+    ) -> nn.Module:
+        """The transformer, frozen; held as `storage` and streamed from host memory if wished."""
+        ...
 
     def encode_text(self, stack: Any, captions: list[str]) -> TextCond: ...
 
     def encode_image(self, vae: nn.Module, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels in [-1, 1] to the mean and the standard deviation of their normalised latents, both (B, C, H, W)."""
+        ...
+
+    def sample_image(self, vae: nn.Module, pixels_B3HW: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Pixels in [-1, 1] to a draw of their normalised latents (B, C, H, W), without generator the likeliest."""
         ...
 
     def decode_latents(self, vae: nn.Module, latents_BCHW: Tensor) -> Tensor:
@@ -91,8 +106,23 @@ class Family(Protocol):
         """The family's own resolution-dependent sigma shift."""
         ...
 
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along a side that become one latent."""
+        ...
+
+    def input_features(self, image_input: ImageInput) -> int:
+        """Features of the input layer of a model that takes such pictures."""
+        ...
+
     def predict_velocity(
-        self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
+        self,
+        denoiser: nn.Module,
+        z_BCHW: Tensor,
+        sigma_B: Tensor,
+        text: TextCond,
+        guidance: float,
+        image: ImageCond | None = None,
     ) -> Tensor: ...
 
     def blocks(self, denoiser: nn.Module) -> dict[str, nn.Module]:

@@ -17,10 +17,10 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from flux_ft import flow
 from flux_ft.errors import ModelError, first_line
-from flux_ft.families import layout
-from flux_ft.families.base import Variant
+from flux_ft.families import layout, quantize
+from flux_ft.families.base import ImageInput, Variant
 from flux_ft.families.tokens import CLIP_TOKENS
-from flux_ft.types import TextCond
+from flux_ft.types import ImageCond, TextCond
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,31 @@ class Flux1:
         vae = _load(AutoencoderKL, self.parts, "vae", dtype=dtype)
         return cast(nn.Module, vae.to(device).eval().requires_grad_(False))
 
-    def load_denoiser(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The transformer, frozen. Raises ModelError when the checkpoint is not FLUX.1's or does not fit."""
+    def load_denoiser(
+        self, device: torch.device, dtype: torch.dtype, storage: quantize.Storage | None = None, stream: bool = False
+    ) -> nn.Module:
+        """The transformer, frozen. Raises ModelError when the checkpoint is not FLUX.1's or does not fit.
+
+        With `storage` or `stream` its weights are held as `quantize.hold` says.
+        """
+        # Published weights are bf16, so nothing is lost by way of it.
+        loaded = dtype if storage is None else quantize.PLAIN.get(storage, torch.bfloat16)
         if self.source.endswith(".safetensors"):
-            denoiser = _transformer_from_file(Path(self.source), self.parts, dtype)
+            denoiser = _transformer_from_file(Path(self.source), self.parts, loaded)
         else:
-            denoiser = _load(FluxTransformer2DModel, self.source, "transformer", dtype=dtype)
+            denoiser = _load(FluxTransformer2DModel, self.source, "transformer", dtype=loaded)
         self._require_fit(denoiser.config)
+        if storage is not None or stream:
+            return quantize.hold(denoiser, self.blocks(denoiser).values(), storage, device, dtype, stream)
         return denoiser.to(device).eval().requires_grad_(False)
 
     def _require_fit(self, config: Any) -> None:
-        channels = 4 * self.variant.latent_channels
+        channels = self.input_features(self.variant.image_input)
         if config.in_channels != channels:
             raise ModelError(
-                f"{self.source}: takes {config.in_channels} channels a token, text-to-image models take {channels}",
-                hint="Fill, Depth and Canny checkpoints cannot be trained yet; use flux1-dev",
+                f"{self.source}: takes {config.in_channels} channels a token, {self.variant.name} takes {channels}",
+                hint="name the model it is: flux1-dev, flux1-fill, flux1-canny, flux1-depth or flux1-kontext; "
+                "or give it as a folder in the diffusers layout, which says so itself",
             )
         if bool(config.guidance_embeds) != self.variant.guidance_embedded:
             raise ModelError(
@@ -123,6 +133,17 @@ class Flux1:
         return (mean_BCHW - vae.config.shift_factor) * scale, std_BCHW * scale
 
     @torch.no_grad()
+    def sample_image(self, vae: Any, pixels_B3HW: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Pixels in [-1, 1] to one draw of their normalised latents (B, C, H, W), float32, as diffusers draws it.
+
+        Without a generator the likeliest, which is what Kontext was trained with.
+        """
+        weight = next(vae.parameters())
+        posterior = vae.encode(pixels_B3HW.to(weight.device, weight.dtype)).latent_dist
+        raw = posterior.mode() if generator is None else posterior.sample(generator)
+        return cast(Tensor, ((raw - vae.config.shift_factor) * vae.config.scaling_factor).float())
+
+    @torch.no_grad()
     def decode_latents(self, vae: Any, latents_BCHW: Tensor) -> Tensor:
         """Normalised latents to pixels_B3HW, float32 in [-1, 1]."""
         weight = next(vae.parameters())
@@ -131,30 +152,57 @@ class Flux1:
         return cast(Tensor, pixels.float().clamp(-1, 1))
 
     def latent_shape(self, width_px: int, height_px: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a picture of this size; the grid packs 2×2 latents into a token."""
-        scale = self.variant.pixel_multiple // 2
-        return self.variant.latent_channels, height_px // scale, width_px // scale
+        """(C, H, W) of the latent of a picture of this size."""
+        return self.variant.latent_channels, height_px // self.vae_scale, width_px // self.vae_scale
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along a side that become one latent; the grid packs 2×2 latents into a token."""
+        return self.variant.pixel_multiple // 2
+
+    def input_features(self, image_input: ImageInput) -> int:
+        """Features of the input layer of a model that takes such pictures; a token is 2×2 latents."""
+        latents = self.variant.latent_channels
+        further = {"control": latents, "fill": latents + self.vae_scale**2}.get(image_input, 0)
+        return 4 * (latents + further)
 
     def shift_mu(self, latent_height: int, latent_width: int) -> float:
         """The sigma shift of inference at this size."""
         return flow.resolution_mu(latent_height * latent_width // 4) if self.variant.shifted else 0.0
 
     def predict_velocity(
-        self, denoiser: nn.Module, z_BCHW: Tensor, sigma_B: Tensor, text: TextCond, guidance: float
+        self,
+        denoiser: nn.Module,
+        z_BCHW: Tensor,
+        sigma_B: Tensor,
+        text: TextCond,
+        guidance: float,
+        image: ImageCond | None = None,
     ) -> Tensor:
         """One pass of the transformer: velocity_BCHW at `sigma_B` in [0, 1], in z's dtype."""
         batch, _, height, width = z_BCHW.shape
+        shown = image or ImageCond()
+        inputs_BCHW = z_BCHW
+        if shown.channels_BCHW is not None:
+            inputs_BCHW = torch.cat([z_BCHW, shown.channels_BCHW.to(z_BCHW)], dim=1)
+        tokens_BND, ids_N3 = pack(inputs_BCHW), position_ids(height // 2, width // 2, z_BCHW.device)
+        count = tokens_BND.shape[1]
+        if shown.reference_BCHW is not None:
+            reference_BCHW = shown.reference_BCHW.to(z_BCHW)
+            rows, columns = (side // 2 for side in reference_BCHW.shape[2:])
+            tokens_BND = torch.cat([tokens_BND, pack(reference_BCHW)], dim=1)
+            ids_N3 = torch.cat([ids_N3, position_ids(rows, columns, z_BCHW.device, plane=1)])
         velocity_BND = denoiser(
-            hidden_states=pack(z_BCHW),
+            hidden_states=tokens_BND,
             timestep=sigma_B.to(z_BCHW.dtype),
             guidance=torch.full((batch,), guidance, device=z_BCHW.device) if self.variant.guidance_embedded else None,
             pooled_projections=text.pooled_BP,
             encoder_hidden_states=text.embeds_BLD,
             txt_ids=torch.zeros(text.embeds_BLD.shape[1], 3, device=z_BCHW.device),
-            img_ids=position_ids(height // 2, width // 2, z_BCHW.device),
+            img_ids=ids_N3,
             return_dict=False,
         )[0]
-        return unpack(velocity_BND, height, width)
+        return unpack(velocity_BND[:, :count], height, width)
 
     def blocks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The double blocks, then the single ones."""
@@ -188,11 +236,11 @@ def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, dim // 4, height, width)
 
 
-def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows·columns, 3): an unused axis, the row and the column of each token."""
+def position_ids(rows: int, columns: int, device: torch.device, plane: int = 0) -> Tensor:
+    """(rows·columns, 3): the plane, the row and the column of each token; a picture shown to Kontext is plane 1."""
     axes = [torch.arange(count, device=device, dtype=torch.float32) for count in (rows, columns)]
     row, column = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3)
+    return torch.stack([torch.full_like(row, plane), row, column], dim=-1).reshape(-1, 3)
 
 
 def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flux_ft.errors import ModelError
-from flux_ft.families.base import Variant
+from flux_ft.families.base import ImageInput, Variant
+from flux_ft.families.tiny.weights import tiny_folder as tiny_folder
 
 if TYPE_CHECKING:
     from flux_ft.families.base import Family
-
-TINY_FOLDER = Path(__file__).parent / "tiny" / "weights"
 
 FLUX1_DEV = Variant(
     name="flux1-dev",
@@ -53,6 +52,39 @@ FLUX1_SCHNELL = replace(
     architecture="flux-1-schnell/lora",
     summary="12B, distilled to 4 steps; a poor base to train on",
 )
+FLUX1_FILL = replace(
+    FLUX1_DEV,
+    name="flux1-fill",
+    source="black-forest-labs/FLUX.1-Fill-dev",
+    image_input="fill",
+    default_steps=50,
+    default_guidance=30.0,
+    summary="12B, repaints the masked part of a picture; draws, is not trained",
+)
+FLUX1_CANNY = replace(
+    FLUX1_DEV,
+    name="flux1-canny",
+    source="black-forest-labs/FLUX.1-Canny-dev",
+    image_input="control",
+    default_steps=50,
+    default_guidance=30.0,
+    summary="12B, follows the edges of a picture; draws, is not trained",
+)
+FLUX1_DEPTH = replace(
+    FLUX1_CANNY,
+    name="flux1-depth",
+    source="black-forest-labs/FLUX.1-Depth-dev",
+    default_guidance=15.0,
+    summary="12B, follows the depths of a picture; draws, is not trained",
+)
+FLUX1_KONTEXT = replace(
+    FLUX1_DEV,
+    name="flux1-kontext",
+    source="black-forest-labs/FLUX.1-Kontext-dev",
+    image_input="reference",
+    default_guidance=2.5,
+    summary="12B, changes a picture as told; draws, is not trained",
+)
 FLUX_TINY = replace(
     FLUX1_DEV,
     name="flux-tiny",
@@ -70,7 +102,12 @@ FLUX_TINY = replace(
     architecture="flux-tiny/lora",
     summary="the real FLUX.1 classes at toy size, shipped with flux_ft; needs no GPU",
 )
-VARIANTS = {variant.name: variant for variant in (FLUX_TINY, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL)}
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        FLUX_TINY, FLUX1_DEV, FLUX1_KREA, FLUX1_SCHNELL, FLUX1_FILL, FLUX1_CANNY, FLUX1_DEPTH, FLUX1_KONTEXT,
+    )
+}  # fmt: skip
 
 
 def find_variant(model: str, parts: str | None = None) -> tuple[Variant, str]:
@@ -80,7 +117,7 @@ def find_variant(model: str, parts: str | None = None) -> tuple[Variant, str]:
     """
     if model in VARIANTS:
         variant = VARIANTS[model]
-        return variant, str(TINY_FOLDER) if variant.source.startswith("builtin:") else variant.source
+        return variant, str(tiny_folder()) if variant.source.startswith("builtin:") else variant.source
     path = Path(model).expanduser()
     if path.is_dir():
         return _variant_of_folder(path), str(path)
@@ -128,17 +165,17 @@ def _variant_of_folder(folder: Path) -> Variant:
     guided = bool(transformer.get("guidance_embeds", False))
     base = FLUX1_DEV if guided else FLUX1_SCHNELL
     multiple = 2 ** len(vae.get("block_out_channels", (1, 1, 1, 1)))
-    if int(transformer.get("in_channels", 64)) != 4 * int(vae.get("latent_channels", 16)):
-        raise ModelError(
-            f"{folder}: takes {transformer['in_channels']} channels a token, which is not text-to-image",
-            hint="Fill, Depth and Canny checkpoints cannot be trained yet; use flux1-dev",
-        )
+    latents = int(vae.get("latent_channels", 16))
+    image_input = _image_input(folder, int(transformer.get("in_channels", 64)), latents, multiple // 2)
+    index = folder / "model_index.json"
+    if image_input == "none" and index.is_file() and "Kontext" in str(_json(index).get("_class_name")):
+        image_input = "reference"
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     scheduler = _json(scheduler_file) if scheduler_file.is_file() else {}
     variant = replace(
         base, name=folder.name, source=str(folder), pixel_multiple=multiple,
         shifted=bool(scheduler.get("use_dynamic_shifting", guided)),
-        latent_channels=int(vae.get("latent_channels", 16)), license="see the model's own",
+        latent_channels=latents, license="see the model's own", image_input=image_input,
     )  # fmt: skip
     if int(transformer.get("num_attention_heads", 24)) * int(transformer.get("attention_head_dim", 128)) == 3072:
         return variant
@@ -155,11 +192,35 @@ def _variant_of_folder(folder: Path) -> Variant:
     )
 
 
+def _image_input(where: Path, takes: int, latents: int, scale: int) -> ImageInput:
+    """What a transformer of `takes` channels a token takes besides text; Kontext has as many as text-to-image."""
+    known: dict[int, ImageInput] = {
+        4 * latents: "none",
+        8 * latents: "control",
+        4 * (2 * latents + scale**2): "fill",
+    }
+    if takes not in known:
+        raise ModelError(
+            f"{where}: takes {takes} channels a token; models with this autoencoder take {', '.join(map(str, known))}",
+            hint="these are text-to-image and Kontext, Canny and Depth, and Fill; is it a model of another kind?",
+        )
+    return known[takes]
+
+
 def _variant_of_file(path: Path, parts: str | None) -> Variant:
     """dev or schnell, told apart by the guidance embedder, from the file's header alone; sizes are those of `parts`."""
-    guided = any("guidance" in key for key in safetensors_header(path))
+    header = safetensors_header(path)
+    if any(".lora_" in key or "_lora." in key or ".alpha" in key for key in header):
+        raise ModelError(f"{path}: is a LoRA, not a model", hint=f"--lora {path}, with the --model it was made for")
+    guided = any("guidance" in key for key in header)
     variant = replace(FLUX1_DEV if guided else FLUX1_SCHNELL, name=path.stem, license="see the model's own")
     sizes = find_variant(parts)[0] if parts else variant
+    inputs = [entry for key, entry in header.items() if key.endswith(("img_in.weight", "x_embedder.weight"))]
+    if inputs and len(inputs[0].get("shape", ())) == 2:
+        image_input = _image_input(path, inputs[0]["shape"][1], sizes.latent_channels, sizes.pixel_multiple // 2)
+        if image_input == "none" and "kontext" in path.stem.lower():  # of dev's shapes, so nothing else tells
+            image_input = "reference"
+        variant = replace(variant, image_input=image_input)
     if sizes.architecture != FLUX_TINY.architecture:
         return variant
     return replace(
