@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -61,9 +62,9 @@ def attach_new(
     Each down matrix is drawn for its own path, so the same module starts alike whatever else is adapted; the bound is
     peft's own, Kaiming uniform with a = sqrt(5), which is 1 / sqrt(in features).
     """
-    _inject(denoiser, TRAINED, dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha), dropout)
+    inject(denoiser, TRAINED, dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha), dropout)
     parameters = []
-    for path, layer in _layers(denoiser, TRAINED):
+    for path, layer in layers_of(denoiser, TRAINED):
         down, up = layer.lora_A[TRAINED], layer.lora_B[TRAINED]
         down.to(torch.float32)
         up.to(torch.float32)
@@ -78,34 +79,14 @@ def attach_new(
     return parameters
 
 
-def attach_states(
-    denoiser: nn.Module, adapters: Sequence[tuple[str, AdapterState, float]], device: torch.device | None = None
-) -> None:
-    """Attach finished LoRAs, each (name, state, strength), all active at once. Raises AdapterError if one misfits.
-
-    On `device`, or where the weights are that they act on.
-    """
-    for name, state, strength in adapters:
-        check_fit(denoiser, state, name)
-        ranks = {path: layer.rank for path, layer in state.layers.items()}
-        alphas = {path: layer.alpha * strength for path, layer in state.layers.items()}
-        _inject(denoiser, name, ranks, alphas, dropout=0.0)
-        for path, layer in _layers(denoiser, name):
-            place = device or layer.get_base_layer().weight.device
-            _write(layer.lora_A[name], state.layers[path].down_RI, place)
-            _write(layer.lora_B[name], state.layers[path].up_OR, place)
-    names = [name for name, _, _ in adapters]
-    for module in denoiser.modules():
-        if isinstance(module, PeftLoraLayer):
-            module.set_adapter([name for name in names if name in module.lora_A])
-            module.requires_grad_(False)  # peft makes active adapters trainable
-
-
 def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:
     """Add strength · ΔW to the weights in place; the sum is taken in float32. Raises AdapterError if it misfits."""
     check_fit(denoiser, state, name)
     for path, layer in state.layers.items():
-        weight = cast(nn.Linear, denoiser.get_submodule(path)).weight
+        linear = cast(nn.Linear, denoiser.get_submodule(path))
+        if type(linear) is not nn.Linear:
+            raise AdapterError(f"{name}: `{path}` is a {type(linear).__name__}, into which nothing can be merged")
+        weight = linear.weight
         delta_OI = layer.up_OR.float() @ layer.down_RI.float() * (strength * layer.alpha / layer.rank)
         with torch.no_grad():
             weight.copy_((weight.float() + delta_OI.to(weight.device)).to(weight.dtype))
@@ -127,7 +108,7 @@ def detached(denoiser: nn.Module) -> Iterator[None]:
 def read_trained(denoiser: nn.Module) -> AdapterState:
     """The LoRA that training attached, on the CPU in float32. The tensors are copies."""
     layers = {}
-    for path, layer in _layers(denoiser, TRAINED):
+    for path, layer in layers_of(denoiser, TRAINED):
         down = layer.lora_A[TRAINED].weight.detach().float().cpu().clone()
         up = layer.lora_B[TRAINED].weight.detach().float().cpu().clone()
         layers[path] = LoraLayer(down_RI=down, up_OR=up, alpha=float(layer.lora_alpha[TRAINED]))
@@ -136,6 +117,7 @@ def read_trained(denoiser: nn.Module) -> AdapterState:
 
 def check_fit(denoiser: nn.Module, state: AdapterState, name: str) -> None:
     """Raise AdapterError, naming the first module that differs, unless every layer has a linear of its shape."""
+    # Features, not shapes: the weights of quantised linears are packed.
     linears = {path: module for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     for path, layer in state.layers.items():
         path_in_model = path if path in linears else f"{path}.base_layer"
@@ -144,7 +126,8 @@ def check_fit(denoiser: nn.Module, state: AdapterState, name: str) -> None:
                 f"{name}: adapts `{path}`, which this model does not have",
                 hint="the LoRA was made for another model; see its `modelspec.architecture`",
             )
-        want = tuple(linears[path_in_model].weight.shape)
+        linear = linears[path_in_model]
+        want = (linear.out_features, linear.in_features)
         got = (layer.up_OR.shape[0], layer.down_RI.shape[1])
         if want != got:
             raise AdapterError(
@@ -153,7 +136,15 @@ def check_fit(denoiser: nn.Module, state: AdapterState, name: str) -> None:
             )
 
 
-def _inject(denoiser: nn.Module, name: str, ranks: dict[str, int], alphas: dict[str, float], dropout: float) -> None:
+def inject(
+    denoiser: nn.Module,
+    name: str,
+    ranks: dict[str, int],
+    alphas: dict[str, float],
+    dropout: float = 0.0,
+    bias: bool = False,
+) -> None:
+    """Put an empty LoRA on the modules that `ranks` names; with `bias`, one that adds to biases too."""
     config = LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(alphas.values())),
@@ -161,24 +152,33 @@ def _inject(denoiser: nn.Module, name: str, ranks: dict[str, int], alphas: dict[
         rank_pattern={f"^{re.escape(path)}": rank for path, rank in ranks.items()},
         alpha_pattern={f"^{re.escape(path)}": alpha for path, alpha in alphas.items()},
         lora_dropout=dropout,
+        lora_bias=bias,
         target_modules="|".join(map(re.escape, ranks)),
         init_lora_weights=False,
     )
-    inject_adapter_in_model(config, denoiser, adapter_name=name)
-    attached = {path for path, _ in _layers(denoiser, name)}
+    with warnings.catch_warnings():  # several LoRAs on one model are meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, denoiser, adapter_name=name)
+    attached = {path for path, _ in layers_of(denoiser, name)}
     assert attached == set(ranks), (
         f"peft adapted {len(attached)} modules, not {len(ranks)}: {min(attached ^ set(ranks))}"
     )
 
 
-def _layers(denoiser: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+def layers_of(denoiser: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
+    """The modules that carry the LoRA `name`, by path."""
     for path, module in denoiser.named_modules():
         if isinstance(module, PeftLoraLayer) and name in module.lora_A:
             yield path, module
 
 
-def _write(linear: nn.Linear, value: Tensor, device: torch.device) -> None:
-    linear.to(device, torch.float32)
+def write(
+    linear: nn.Linear, value: Tensor, device: torch.device, dtype: torch.dtype, bias: Tensor | None = None
+) -> None:
+    """Set a factor; a bias that it has and that is not given becomes zero."""
+    linear.to(device, dtype)
     with torch.no_grad():
         linear.weight.copy_(value)
-    linear.weight.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.zero_() if bias is None else linear.bias.copy_(bias)
+    linear.requires_grad_(False)

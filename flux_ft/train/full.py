@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flux_ft import log
-from flux_ft.adapters import lora
+from flux_ft.adapters.attached import attach_states
 from flux_ft.adapters.checkpoint_files import DTYPES, Checkpoint, Stored, from_stored
 from flux_ft.adapters.extract import ExtractionReport, Options, extract
 from flux_ft.adapters.formats import EXPORT_DTYPES, read_adapter
@@ -148,7 +148,7 @@ def prove_extraction(
     release_memory()
     base = show()
     file = next(iter(loras.values()))
-    lora.attach_states(state.bare, [("extracted", read_adapter(file), 1.0)], device)
+    attach_states(state.bare, [("extracted", read_adapter(file), 1.0)], device)
     extracted = show()
     proof = prove(
         base.predictions, extracted.predictions, full.predictions, targets(examples, config.seed), held_out=held_out

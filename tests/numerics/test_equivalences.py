@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from flux_ft import flow
 from flux_ft.adapters import lora
+from flux_ft.adapters.attached import attach_states
 from flux_ft.adapters.formats import delta_weight, read_adapter, write_adapter
 from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples
@@ -42,7 +43,7 @@ from flux_ft.data.images import load_picture
 from flux_ft.data.loader import BatchPlan, collate, resampled
 from flux_ft.errors import StoppedByUser
 from flux_ft.families.base import Family
-from flux_ft.families.registry import TINY_FOLDER
+from flux_ft.families.registry import tiny_folder
 from flux_ft.infer.sampler import initial_noise
 from flux_ft.plan import check_run
 from flux_ft.train import loop
@@ -561,7 +562,7 @@ def test_merged_is_attached(
     tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor], strength: float
 ) -> None:
     base, attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(3))
-    lora.attach_states(attached, [("one", two_adapters[0], strength)])
+    attach_states(attached, [("one", two_adapters[0], strength)])
     lora.merge_state(merged, two_adapters[0], strength)
     assert relative(probe(merged), probe(base)) > 1e-3
     assert relative(probe(attached), probe(merged)) < 1e-5
@@ -572,7 +573,7 @@ def test_two_attached_are_the_sum_of_two_merges(
 ) -> None:
     attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
     given = [("one", two_adapters[0], 0.8), ("two", two_adapters[1], -0.6)]
-    lora.attach_states(attached, given)
+    attach_states(attached, given)
     for name, state, strength in given:
         lora.merge_state(merged, state, strength, name)
     one_only = tiny_family.load_denoiser(CPU, FP32)
@@ -585,7 +586,7 @@ def test_strength_zero_is_the_base(
     tiny_family: Family, two_adapters: tuple[AdapterState, ...], probe: Callable[[nn.Module], Tensor]
 ) -> None:
     base, attached, merged = (tiny_family.load_denoiser(CPU, FP32) for _ in range(3))
-    lora.attach_states(attached, [("one", two_adapters[0], 0.0), ("two", two_adapters[1], 0.0)])
+    attach_states(attached, [("one", two_adapters[0], 0.0), ("two", two_adapters[1], 0.0)])
     lora.merge_state(merged, two_adapters[0], 0.0)
     assert torch.equal(probe(attached), probe(base))
     assert torch.equal(probe(merged), probe(base))
@@ -593,7 +594,7 @@ def test_strength_zero_is_the_base(
 
 def test_no_adapters_is_the_base(tiny_family: Family, probe: Callable[[nn.Module], Tensor]) -> None:
     base, attached = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
-    lora.attach_states(attached, [])
+    attach_states(attached, [])
     assert torch.equal(probe(attached), probe(base))
 
 
@@ -609,8 +610,8 @@ def test_alpha_scales_as_strength_does(
 ) -> None:
     doubled = AdapterState({path: replace(one, alpha=2 * one.alpha) for path, one in two_adapters[0].layers.items()})
     by_alpha, by_strength = (tiny_family.load_denoiser(CPU, FP32) for _ in range(2))
-    lora.attach_states(by_alpha, [("one", doubled, 0.5)])
-    lora.attach_states(by_strength, [("one", two_adapters[0], 1.0)])
+    attach_states(by_alpha, [("one", doubled, 0.5)])
+    attach_states(by_strength, [("one", two_adapters[0], 1.0)])
     assert torch.equal(probe(by_alpha), probe(by_strength))
 
 
@@ -620,7 +621,7 @@ def test_trained_read_off_and_attached_anew_is_the_trained_model(
     run = start(lora={"alpha": 7.0}).stir().train()
     run.state.bare.eval()
     again = tiny_family.load_denoiser(CPU, FP32)
-    lora.attach_states(again, [("one", lora.read_trained(run.state.bare), 1.0)])
+    attach_states(again, [("one", lora.read_trained(run.state.bare), 1.0)])
     assert torch.equal(probe(again), probe(run.state.bare))
 
 
@@ -631,17 +632,17 @@ def test_diffusers_draws_with_our_file_as_we_do(
     for number, adapter in enumerate(two_adapters):
         path = tmp_path / f"{number}.safetensors"
         write_adapter(path, adapter, "diffusers", FP32, {})
-        pipe = FluxPipeline.from_pretrained(TINY_FOLDER, torch_dtype=FP32)
+        pipe = FluxPipeline.from_pretrained(tiny_folder(), torch_dtype=FP32)
         pipe.load_lora_weights(path)
         ours = tiny_family.load_denoiser(CPU, FP32)
-        lora.attach_states(ours, [("one", read_adapter(path), 1.0)])
+        attach_states(ours, [("one", read_adapter(path), 1.0)])
         direct = tiny_family.load_denoiser(CPU, FP32)
-        lora.attach_states(direct, [("one", adapter, 1.0)])
+        attach_states(direct, [("one", adapter, 1.0)])
         assert relative(probe(pipe.transformer), probe(ours)) < 1e-5
         assert relative(probe(direct), probe(ours)) < 1e-5
         pipe.set_adapters(pipe.get_list_adapters()["transformer"], [0.4])
         weaker = tiny_family.load_denoiser(CPU, FP32)
-        lora.attach_states(weaker, [("one", adapter, 0.4)])
+        attach_states(weaker, [("one", adapter, 0.4)])
         assert relative(probe(pipe.transformer), probe(weaker)) < 1e-5
 
 

@@ -26,6 +26,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from flux_ft.adapters import lora
+from flux_ft.adapters.attached import attach_states
 from flux_ft.adapters.jobs import open_model
 from flux_ft.errors import ConfigError, NonFiniteError
 from flux_ft.families.base import Family
@@ -473,7 +474,7 @@ def test_a_lora_of_full_rank_is_the_full_model(start_full: Start, start: Start) 
 
     tuned, untouched = velocity(run), velocity(base)
     full_module.put_back(run.state, open_model("flux-tiny")[0])
-    lora.attach_states(run.state.bare, [("extracted", adapter, 1.0)])
+    attach_states(run.state.bare, [("extracted", adapter, 1.0)])
     assert float((velocity(run) - tuned).norm()) < 1e-4 * float((tuned - untouched).norm())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from flux_ft.adapters import lora
+from flux_ft.adapters.attached import attach_states
 from flux_ft.errors import AdapterError, ConfigError
 from flux_ft.types import AdapterState, LoraLayer
 
@@ -195,7 +196,7 @@ def test_attached_adds_its_delta():
     before = model.transformer_blocks[0].attn["to_q"](x)
     state = random_state([Q0])
     layer = state.layers[Q0]
-    lora.attach_states(model, [("one", state, 0.5)])
+    attach_states(model, [("one", state, 0.5)])
     delta = 0.5 * layer.alpha / layer.rank * layer.up_OR @ layer.down_RI
     torch.testing.assert_close(model.transformer_blocks[0].attn["to_q"](x), before + x @ delta.T, rtol=1e-5, atol=1e-5)
     assert not any(one.requires_grad for one in model.parameters())
@@ -203,7 +204,7 @@ def test_attached_adds_its_delta():
 
 def test_attached_to_bf16_weights_it_is_float32_and_lies_where_it_is_told():
     model = Model().bfloat16()
-    lora.attach_states(model, [("one", random_state([Q0]), 1.0)], torch.device("meta"))
+    attach_states(model, [("one", random_state([Q0]), 1.0)], torch.device("meta"))
     factors = {name: one for name, one in model.named_parameters() if ".lora_" in name}
     assert {one.device.type for one in factors.values()} == {"meta"}
     assert {one.dtype for one in factors.values()} == {torch.float32}
@@ -217,7 +218,7 @@ def test_mixed_ranks_and_alphas_in_one_lora():
     for number, path in enumerate(paths, start=1):
         layers |= random_state([path], rank=number, alpha=2.0 * number + 1).layers
     base = {path: model.get_submodule(path)(x) for path in paths}
-    lora.attach_states(model, [("one", AdapterState(layers), 1.0)])
+    attach_states(model, [("one", AdapterState(layers), 1.0)])
     for path in paths:
         layer = layers[path]
         expected = base[path] + x @ (layer.alpha / layer.rank * layer.up_OR @ layer.down_RI).T
@@ -250,7 +251,7 @@ def test_a_lora_for_another_model_is_refused_before_anything_changes():
         assert words in caught.value.message
         assert torch.equal(model.get_submodule(Q0).weight, before)
         with pytest.raises(AdapterError, match=r"mine\.safetensors"):
-            lora.attach_states(model, [("mine.safetensors", state, 1.0)])
+            attach_states(model, [("mine.safetensors", state, 1.0)])
 
 
 def test_a_module_that_is_no_linear_does_not_fit():
@@ -270,7 +271,7 @@ def test_a_module_whose_name_ends_another_is_adapted_alone():
     }
     x_BI = torch.ones(1, 8)
     before = [model.get_submodule(path)(x_BI) for path in layers]
-    lora.attach_states(model, [("one", AdapterState(layers), 1.0)])
+    attach_states(model, [("one", AdapterState(layers), 1.0)])
     added = [model.get_submodule(path)(x_BI) - old for path, old in zip(layers, before, strict=True)]
     assert [float(one.mean()) for one in added] == pytest.approx([8 * 3 * 2.0, 8 * 2 * 0.5])
     assert sum(hasattr(module, "lora_A") for module in model.modules()) == 2
