@@ -24,6 +24,7 @@ from flux_ft.families.tiny.scenes import COLORS, POSITIONS, Part, Scene, all_sce
 from flux_ft.files import write_whole
 from flux_ft.infer.grid import labelled_grid, save_png
 from flux_ft.infer.runner import Runner
+from flux_ft.infer.tasks import TextToImage
 from flux_ft.train.run import train
 from flux_ft.types import AppliedAdapter
 
@@ -172,9 +173,9 @@ def run_settings(
 
 def draw(runner: Runner, trials: Sequence[Trial], title: str) -> list[Image.Image]:
     """One picture a trial, at GUIDANCE."""
-    requests = [runner.request(trial.prompt, trial.seed, guidance=GUIDANCE) for trial in trials]
-    with log.progress(title, runner.num_passes(requests)) as bar:
-        return runner.generate(requests, on_step=bar.advance)
+    requests = [TextToImage(prompt=one.prompt, seed=one.seed, guidance=GUIDANCE) for one in trials]
+    with log.progress(title, runner.num_passes([runner.prepare(request) for request in requests])) as bar:
+        return runner.draw(requests, on_step=bar.advance)
 
 
 def concept_score(trials: Sequence[Trial], pictures: Sequence[Image.Image]) -> float:

@@ -30,11 +30,12 @@ from flux_ft.adapters.metadata import EXPORT_KEY
 from flux_ft.config import slugify
 from flux_ft.errors import AdapterError, ConfigError, InputError, StorageError
 from flux_ft.families.base import Family, Variant
-from flux_ft.families.registry import FLUX_TINY, TINY_FOLDER, VARIANTS, find_variant, open_family, parts_source
+from flux_ft.families.registry import FLUX_TINY, VARIANTS, find_variant, open_family, parts_source, tiny_folder
 from flux_ft.files import write_whole
 from flux_ft.infer import comfy, pack_text
 from flux_ft.infer.grid import save_png
-from flux_ft.infer.runner import ImageRequest, file_sha256
+from flux_ft.infer.pack_text import ImageRequest
+from flux_ft.infer.runner import file_sha256
 from flux_ft.runfile import load_run
 from flux_ft.types import AdapterState
 
@@ -146,17 +147,30 @@ def _opened(path: Path) -> Image.Image:
 
 def _from_recipe(path: Path, recipe: Mapping[str, Any]) -> Preview:
     """ValueError, TypeError, KeyError or AttributeError for what `Runner.recipe` does not write."""
-    request = ImageRequest(**recipe["request"])
+    request, strength = _request_of(recipe)
     whole = (request.seed, request.width_px, request.height_px, request.steps)
     if not isinstance(request.prompt, str) or any(type(number) is not int for number in whole):
         raise TypeError(f"the request is {request}")
     if min(whole[1:]) < 1 or request.steps > MOST_STEPS or request.seed < 0 or not math.isfinite(request.guidance):
         raise ValueError(f"the request is {request}")
-    loras = tuple(UsedLora(str(one["file"]), float(one["strength"]), str(one["sha256"])) for one in recipe["adapters"])
+    loras = tuple(
+        UsedLora(str(one["file"]), float(one["strength"]) * strength, str(one["sha256"])) for one in recipe["adapters"]
+    )
     parts = recipe["model_parts"]
     versions = {name: str(recipe[name]) for name in ("flux_ft", "torch", "dtype")}
     model = str(recipe["model"])
     return Preview(path, request, model, parts and str(parts), loras, str(recipe["device"]), versions)
+
+
+def _request_of(recipe: Mapping[str, Any]) -> tuple[ImageRequest, float]:
+    """The request, and what multiplies the LoRAs' strengths; of both formats that `records` knows."""
+    fields = dict(recipe["request"])
+    if "format" not in recipe:
+        return ImageRequest(**fields), 1.0
+    if fields.get("task") != "text-to-image" or fields.get("true_cfg", 1) != 1:
+        raise InputError("packs hold pictures that were drawn from a prompt alone, without `true_cfg`", hint=_REDRAW)
+    names = ("seed", "width", "height", "steps", "guidance")
+    return ImageRequest(fields.get("prompt", ""), *(fields[name] for name in names)), fields["finetune_strength"]
 
 
 def preview_of_run(folder: Path, prompt: int = 0) -> Preview:
@@ -348,7 +362,7 @@ def _is_hub_id(model: str) -> bool:
 def _loadable(preview: Preview) -> str | None:
     """What the diffusers pipeline is loaded from: a Hub id, "builtin:…"; None for a folder that only the user has."""
     source = parts_source(preview.model, preview.model_parts)
-    if source == str(TINY_FOLDER):
+    if source == str(tiny_folder()):
         return FLUX_TINY.source
     return source if _is_hub_id(source) else None
 

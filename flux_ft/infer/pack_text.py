@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 from flux_ft.families.base import Variant
 from flux_ft.infer import comfy
-from flux_ft.infer.runner import ImageRequest
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One picture from a prompt alone, which is what a pack can hold. Sides in pixels."""
+
+    prompt: str
+    seed: int
+    width_px: int
+    height_px: int
+    steps: int
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,7 @@ def script(facts: Facts) -> str:
     """
     request = facts.request
     tiny = facts.model is not None and facts.model.startswith("builtin:")
-    model = "str(TINY_FOLDER)" if tiny else repr(facts.model)
+    model = "str(tiny_folder())" if tiny else repr(facts.model)
     file = f"  # {facts.transformer}" if facts.transformer else ""
     sigmas = comfy.sigma_text(facts.sigmas[:-1])  # the pipeline adds the last one itself
     lines = [
@@ -126,7 +137,7 @@ def script(facts: Facts) -> str:
         "import numpy as np",
         "import torch",
         "from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel",
-        *(["from flux_ft.families.registry import TINY_FOLDER"] if tiny else []),
+        *(["from flux_ft.families.registry import tiny_folder"] if tiny else []),
         "from PIL import Image",
         "",
         "HERE = Path(__file__).resolve().parent",

@@ -179,13 +179,10 @@ def _snippet(config: RunConfig, variant: Variant, base: str, loras: Mapping[str,
     prompt = quoted(f"a photo of {config.trigger_word}" if config.trigger_word else "…")
     if variant.source.startswith("builtin:"):
         return [
-            "from pathlib import Path",
+            "from flux_ft import Runner, TextToImage",
             "",
-            "from flux_ft.infer.runner import Runner",
-            "from flux_ft.types import AppliedAdapter",
-            "",
-            f'runner = Runner("{variant.name}", [AppliedAdapter(Path("{file}"))])',
-            f"runner.generate([runner.request({prompt}, seed=0)])[0].show()",
+            f'runner = Runner("{variant.name}", ["{file}"])',
+            f"runner.draw([TextToImage(prompt={prompt})])[0].show()",
         ]
     return [
         "import torch",
@@ -201,10 +198,10 @@ def _full_snippet(config: RunConfig, variant: Variant, base: str, file: Path) ->
     prompt = quoted(f"a photo of {config.trigger_word}" if config.trigger_word else "…")
     if variant.source.startswith("builtin:"):
         return [
-            "from flux_ft.infer.runner import Runner",
+            "from flux_ft import Runner, TextToImage",
             "",
             f'runner = Runner("{file.name}", parts="{variant.name}")',
-            f"runner.generate([runner.request({prompt}, seed=0)])[0].show()",
+            f"runner.draw([TextToImage(prompt={prompt})])[0].show()",
         ]
     return [
         "import torch",

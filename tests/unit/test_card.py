@@ -18,7 +18,7 @@ from flux_ft.adapters.checkpoint_files import open_checkpoint
 from flux_ft.adapters.extract import ExtractionReport, LayerReport, Options
 from flux_ft.adapters.write_files import write_single_file
 from flux_ft.config import RunConfig
-from flux_ft.families.registry import FLUX1_DEV, FLUX_TINY, TINY_FOLDER
+from flux_ft.families.registry import FLUX1_DEV, FLUX_TINY, tiny_folder
 from flux_ft.train.card import ExtractionFacts, model_card
 from flux_ft.train.prove import Proof
 
@@ -96,13 +96,10 @@ A LoRA for flux-tiny, trained on 12 pictures for 300 steps.
 ## Use
 
 ```python
-from pathlib import Path
+from flux_ft import Runner, TextToImage
 
-from flux_ft.infer.runner import Runner
-from flux_ft.types import AppliedAdapter
-
-runner = Runner("flux-tiny", [AppliedAdapter(Path("my-cat-comfyui.safetensors"))])
-runner.generate([runner.request("…", seed=0)])[0].show()
+runner = Runner("flux-tiny", ["my-cat-comfyui.safetensors"])
+runner.draw([TextToImage(prompt="…")])[0].show()
 ```
 
 ## Training
@@ -252,7 +249,7 @@ class TestFullRun:
 
     def test_python_for_the_full_weights_works(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "my-cat-full.safetensors"
-        write_single_file(open_checkpoint(TINY_FOLDER), path, torch.bfloat16)
+        write_single_file(open_checkpoint(tiny_folder()), path, torch.bfloat16)
         extraction = facts(full_weights=path)
         _, code = re.findall(r"```python\n(.*?)```", full_card(extraction, FLUX_TINY), re.DOTALL)
         shown: list[Image.Image] = []

@@ -30,13 +30,17 @@ from flux_ft.families.base import Family
 from flux_ft.families.registry import VARIANTS, open_family
 from flux_ft.infer import comfy, pack
 from flux_ft.infer.pack import Packed, pack_preview, preview_of_run
-from flux_ft.infer.runner import ImageRequest, Runner, file_sha256
+from flux_ft.infer.pack_text import ImageRequest
+from flux_ft.infer.records import save_picture
+from flux_ft.infer.runner import Runner, file_sha256
 from flux_ft.infer.sampler import initial_noise
+from flux_ft.infer.tasks import TextToImage
 from flux_ft.runfile import dump_run
 from flux_ft.types import AdapterState, AppliedAdapter, LoraLayer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = 'a "red" circle (large), {not|a choice}: it\'s 100 % Größe 猫'
+REQUEST = TextToImage(prompt=PROMPT, seed=7, width=64, height=48, steps=6, guidance=2.5)
 SIGMA_NUMBER = re.compile(r"[-+]?(?:\d*\.*\d+)")
 """How ManualSigmas finds its numbers."""
 
@@ -66,9 +70,8 @@ def loras(tiny_family: Family, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def drawn(loras: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A picture of flux-tiny with two LoRAs, drawn and saved as `flux-ft generate` does."""
     runner = Runner("flux-tiny", [AppliedAdapter(loras[0], 0.8), AppliedAdapter(loras[1], -0.3)], "cpu")
-    request = runner.request(PROMPT, seed=7, width_px=64, height_px=48, steps=6, guidance=2.5)
     path = tmp_path_factory.mktemp("pictures") / "00000.png"
-    runner.save(runner.generate([request])[0], request, path)
+    save_picture(runner.draw([REQUEST])[0], path, runner.recipe(REQUEST))
     return path
 
 
@@ -131,7 +134,7 @@ def test_each_lora_of_the_pack_is_seen_in_the_preview(drawn: Path, loras: tuple[
     """Else the test above would hold of a script that leaves one out."""
     seen = np.asarray(Image.open(drawn)).astype(int)
     for used in ([], [AppliedAdapter(loras[0], 0.8)], [AppliedAdapter(loras[1], -0.3)]):
-        other = Runner("flux-tiny", used, "cpu").generate([ImageRequest(PROMPT, 7, 64, 48, 6, 2.5)])[0]
+        other = Runner("flux-tiny", used, "cpu").draw([REQUEST])[0]
         assert abs(np.asarray(other).astype(int) - seen).mean() > 2
 
 
@@ -511,5 +514,5 @@ def test_variants_that_are_known_by_name_can_be_packed() -> None:
     """A variant added later needs a file for ComfyUI, or it is named after the variant."""
     for name in VARIANTS:
         family = open_family(name)
-        if pack.runs_in_comfyui(family.variant):
+        if family.variant.image_input == "none" and pack.runs_in_comfyui(family.variant):
             assert all(model.url for model in comfy.models_for(family.variant)), name
