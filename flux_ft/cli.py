@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
@@ -12,18 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from flux_ft import __version__
+from flux_ft import __version__, quiet_libraries
 from flux_ft.errors import ConfigError, FluxFTError
 
-# Progress bars and notices of the libraries would drown ours; a user's own setting wins.
-for _name, _value in {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ.setdefault(_name, _value)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at import of a CPU kernel that nobody asked for
+quiet_libraries()
 
 LARGEST_SEED = 2**63 - 1
 OUT_OF_MEMORY = (
@@ -31,6 +22,13 @@ OUT_OF_MEMORY = (
     "for full fine-tunes `optim.name: adafactor`; in drawing: a smaller --width and --height; and end other programs "
     "that use the GPU"
 )
+
+REPEAT_TAKES = {
+    "repeat", "model", "model_parts", "redux", "lora", "image", "mask", "control_image", "preprocessed_image",
+    "image_prompt", "control_lora", "output", "format", "storage", "stream", "vae_tiling", "compile", "device",
+    "as_json",
+}  # fmt: skip
+"""Options of `generate` that mean something beside --repeat: files are looked through for what the picture names."""
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -156,11 +154,45 @@ def cache(
 
 @app.command()
 def generate(
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="what to draw; may be given several times")],
-    model: Annotated[str, typer.Option(help="variant, folder, .safetensors file or Hub id")] = "flux1-dev",
+    context: typer.Context,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="what to draw; may be repeated")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="a file of prompts or requests instead: .txt, .jsonl or .csv", metavar="FILE")
+    ] = None,
+    repeat: Annotated[
+        Path | None, typer.Option(help="draw this picture again, from what it says of itself", metavar="PICTURE")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="text-to-image, remix, fill, canny, depth, ultra or edit")
+    ] = "text-to-image",
+    model: Annotated[str | None, typer.Option(help="variant, folder, file or Hub id [default: flux1-dev]")] = None,
     model_parts: Annotated[str | None, typer.Option(help="where encoders come from if MODEL is one file")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:STRENGTH; may be given several times")] = None,
-    output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("pictures"),
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:STRENGTH, -2 to 2; may be repeated")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="multiplies all LoRAs, 0 to 2; 0 is the base model [default: 1]")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="fill, edit: the picture")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="fill: white is drawn anew; else what is transparent in --image")
+    ] = None,
+    paste_back: Annotated[
+        bool | None,
+        typer.Option(
+            "--paste-back/--no-paste-back", help="fill: the picture's own pixels outside the mask [default: yes]"
+        ),
+    ] = None,
+    control_image: Annotated[Path | None, typer.Option(help="canny, depth: the picture to follow")] = None,
+    preprocessed_image: Annotated[Path | None, typer.Option(help="canny, depth: its edges or depths instead")] = None,
+    canny_low_threshold: Annotated[int | None, typer.Option(help="0 to 500 [default: 50]")] = None,
+    canny_high_threshold: Annotated[int | None, typer.Option(help="0 to 500 [default: 200]")] = None,
+    image_prompt: Annotated[Path | None, typer.Option(help="remix, ultra: a picture beside the words")] = None,
+    image_prompt_strength: Annotated[float | None, typer.Option(help="0 to 1 [default: remix 0.5, ultra 0.1]")] = None,
+    aspect_ratio: Annotated[str | None, typer.Option(help="ultra: 21:9 to 9:21 [default: 16:9]")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="ultra: less polish")] = False,
+    negative_prompt: Annotated[str | None, typer.Option(help="what to keep away from; needs --true-cfg")] = None,
+    true_cfg: Annotated[
+        float | None, typer.Option(help="guidance against the negative prompt, 1 (off) to 20; twice the time")
+    ] = None,
     seed: Annotated[
         int, typer.Option(help="the first picture's seed; the next ones count on", min=0, max=LARGEST_SEED)
     ] = 0,
@@ -169,20 +201,128 @@ def generate(
     height: Annotated[int | None, typer.Option(help="pixels", min=1)] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="embedded guidance", min=0)] = None,
+    x: Annotated[
+        str | None, typer.Option("--x", help="sweep across, for example strength=0..1:5", metavar="NAME=VALUES")
+    ] = None,
+    y: Annotated[str | None, typer.Option("--y", help="sweep down", metavar="NAME=VALUES")] = None,
+    axis: Annotated[list[str] | None, typer.Option(help="further sweeps, a grid each", metavar="NAME=VALUES")] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="sweep over a run's checkpoints", metavar="RUN")] = None,
+    compare: Annotated[str | None, typer.Option(help="base: the base model's pictures beside the others")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("pictures"),
+    format: Annotated[str, typer.Option(help="png, jpg or webp")] = "png",
     grid: Annotated[
-        bool, typer.Option("--grid", help="also write all pictures in one labelled grid-NNNNN.png")
+        bool, typer.Option("--grid", help="also write all pictures in labelled tables, grid-NNNNN.png")
     ] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="also write sheet.html, a page of all in the folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="draw only what is not in the folder yet")] = False,
+    control_lora: Annotated[
+        Path | None, typer.Option(help="for fill, canny or depth, instead of the known ones", metavar="FILE")
+    ] = None,
+    redux: Annotated[str | None, typer.Option(help="remix: folder or Hub id of Redux")] = None,
+    depth_model: Annotated[
+        str, typer.Option(help="depth: of Depth Anything V2: small, base, large, a folder or Hub id")
+    ] = "large",
+    merge: Annotated[bool, typer.Option("--merge", help="add LoRAs to the weights: faster steps, rounded")] = False,
+    storage: Annotated[
+        str | None, typer.Option(help="how weights are held: bf16, int8, fp8, nf4 [default: what fits]")
+    ] = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="blocks wait in host memory [default: what fits]")
+    ] = None,
+    vae_tiling: Annotated[
+        bool | None, typer.Option("--vae-tiling/--no-vae-tiling", help="decode in tiles [default: what fits]")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="compile the blocks: slow start, faster steps")] = False,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures, with any number of LoRAs."""
-    adapters = [_adapter(text) for text in lora or ()]
-    from flux_ft.infer.draw import Drawing, draw_to_folder
+    """Draw pictures of any task, with any number of LoRAs: one, a batch, a sweep, or one drawn before again."""
+    from flux_ft import log
+    from flux_ft.infer.prompts import parse_lora
+    from flux_ft.infer.records import require_suffix
+    from flux_ft.infer.sweep import parse_axis
 
-    drawing = Drawing(tuple(prompt), seed, count, width, height, steps, guidance, grid)
-    made = draw_to_folder(model, adapters, drawing, output, device, model_parts)
-    _report({"pictures": [str(path) for path in made.pictures], "grid": str(made.grid) if made.grid else None},
-            f"wrote {len(made.pictures)} pictures to {output}", as_json)  # fmt: skip
+    if compare not in (None, "base"):
+        raise ConfigError(f"`--compare {compare}` is not known", hint="--compare base")
+    suffix = f".{format.removeprefix('.').lower()}"
+    require_suffix(suffix)
+    loras = tuple(parse_lora(text, "--lora") for text in lora or ())
+    wishes: dict[str, Any] = {
+        "depth_model": depth_model,
+        "merge": merge,
+        "storage": storage,
+        "stream": stream,
+        "vae_tiling": vae_tiling,
+        "compile": compile,
+    }
+    if repeat is not None:
+        from flux_ft.infer.draw import repeat as draw_again
+
+        idle = {name for name in context.params if _is_given(context, name)} - REPEAT_TAKES
+        if idle:
+            raise ConfigError(
+                f"--repeat draws what the picture says; --{min(idle).replace('_', '-')} has no effect beside it",
+                hint="leave it out; to change something, draw anew with what the picture's .json says",
+            )
+        others = [image, mask, control_image, preprocessed_image, image_prompt, control_lora]
+        files = [*(one.file for one in loras), *filter(None, others)]
+        instead = {"model": model, "parts": model_parts, "redux": redux}
+        again = draw_again(repeat, output, suffix, device, instead, files, **wishes)
+        _report(again.as_json(), again.for_people(), as_json)
+        return
+    given = {
+        "finetune_strength": strength, "image": image, "mask": mask, "control_image": control_image,
+        "preprocessed_image": preprocessed_image, "canny_low_threshold": canny_low_threshold,
+        "canny_high_threshold": canny_high_threshold, "image_prompt": image_prompt,
+        "image_prompt_strength": image_prompt_strength, "aspect_ratio": aspect_ratio, "raw": raw or None,
+        "paste_back": paste_back,
+        "negative_prompt": negative_prompt, "true_cfg": true_cfg, "width": width, "height": height, "steps": steps,
+        "guidance": guidance,
+    }  # fmt: skip
+    fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    fields |= {"task": task, "loras": loras}
+    axes = (parse_axis(x) if x else None, parse_axis(y) if y else None, [parse_axis(text) for text in axis or ()])
+    from flux_ft.infer import draw
+    from flux_ft.infer.runner import Runner
+
+    tables = draw.plan_tables(prompt or [], prompts, fields, seed, count, axes, checkpoints, base=compare is not None)
+    runner = Runner(model or "flux1-dev", device=device, parts=model_parts, control=control_lora, redux=redux, **wishes)
+    words = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    made = draw.draw_to_folder(
+        runner, draw.Drawing(tables, suffix, grid, sheet, resume), output, go_on=log.command(*words)
+    )
+    _report(made.as_json(), made.for_people(), as_json)
+
+
+@app.command()
+def canny(
+    image: Annotated[Path, typer.Argument(metavar="IN", help="a picture", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="a .png or .webp to write", show_default=False)],
+    low: Annotated[int, typer.Option(help="weakest edge that goes on from a strong one", min=0, max=500)] = 50,
+    high: Annotated[int, typer.Option(help="weakest strong edge", min=0, max=500)] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Write a picture's edges, as the task canny sees them."""
+    from flux_ft.infer.control import preprocess_file
+
+    done = preprocess_file("canny", image, output, low=low, high=high)
+    _report(done.as_json(), done.for_people(), as_json)
+
+
+@app.command()
+def depth(
+    image: Annotated[Path, typer.Argument(metavar="IN", help="a picture", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="a .png or .webp to write", show_default=False)],
+    model: Annotated[str, typer.Option(help="of Depth Anything V2: small, base, large, a folder or Hub id")] = "large",
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a picture's depths, white where near, as the task depth sees them."""
+    from flux_ft.infer.control import preprocess_file
+    from flux_ft.infer.runner import pick_device
+
+    done = preprocess_file("depth", image, output, model=model, device=pick_device(device)[0])
+    _report(done.as_json(), done.for_people(), as_json)
 
 
 @app.command()
@@ -380,6 +520,22 @@ def bench_extract(
     _report(result, summary_for_people(result), as_json, words_are_data=True)
 
 
+@bench.command("infer")
+def bench_infer(
+    full: Annotated[bool, typer.Option("--full", help="FLUX.1-dev's size with random weights; takes a GPU")] = False,
+    steps: Annotated[int | None, typer.Option(help="denoising steps a picture", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="pictures of each kind", min=1)] = 3,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="compiled blocks too")] = True,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu; chosen by itself if not given")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Seconds a picture by how weights are held, beside the diffusers pipeline in the same run."""
+    from flux_ft.bench.infer import bench_infer
+
+    result = bench_infer(full, steps=steps, repeats=repeats, compiled=compiled, device=device)
+    _report(result.as_json(), result.for_people(), as_json, words_are_data=True)
+
+
 @bench.command("full")
 def bench_full(
     output: Annotated[Path, typer.Option(help="a new or empty folder", metavar="DIR")] = Path("bench-full"),
@@ -449,6 +605,12 @@ def _root(
     if version:
         print(__version__)
         raise typer.Exit
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line, even at its default's value."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _load(run_file: Path, overrides: list[str] | None) -> Any:

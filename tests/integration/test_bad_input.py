@@ -217,16 +217,16 @@ class TestModel:
     ) -> None:
         from diffusers import FluxTransformer2DModel
 
-        from flux_ft.families.registry import TINY_FOLDER
+        from flux_ft.families.registry import tiny_folder
 
-        config = FluxTransformer2DModel.load_config(TINY_FOLDER, subfolder="transformer")
+        config = FluxTransformer2DModel.load_config(tiny_folder(), subfolder="transformer")
         other = FluxTransformer2DModel.from_config({**config, "num_layers": 1, "num_attention_heads": 2})
         checkpoint = tmp_path / "other.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in other.state_dict().items()}, checkpoint)
-        words = (f"model={checkpoint}", f"model_parts={TINY_FOLDER}")
+        words = (f"model={checkpoint}", f"model_parts={tiny_folder()}")
         assert_refused(run_here(capsys, "train", run_file, *words), "other.safetensors", "does not fit", "model_parts")
         done = run_here(
-            capsys, "generate", "--model", checkpoint, "--model-parts", TINY_FOLDER, "--prompt", "x", "--output", "p"
+            capsys, "generate", "--model", checkpoint, "--model-parts", tiny_folder(), "--prompt", "x", "--output", "p"
         )
         assert_refused(done, "does not fit")
         # What the refused start left is no run: the same folder is free for the next one.
@@ -245,11 +245,11 @@ class TestModel:
     def test_a_safetensors_of_something_else(
         self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path
     ) -> None:
-        from flux_ft.families.registry import TINY_FOLDER
+        from flux_ft.families.registry import tiny_folder
 
         path = tmp_path / "model.safetensors"
         save_file({"unet.conv.guidance": torch.zeros(3)}, path)
-        words = (f"model={path}", f"model_parts={TINY_FOLDER}")
+        words = (f"model={path}", f"model_parts={tiny_folder()}")
         assert_refused(run_here(capsys, "train", run_file, *words), "no FLUX.1 transformer inside")
 
     def test_a_folder_of_something_else(self, capsys: pytest.CaptureFixture[str], run_file: Path, scenes: Path) -> None:
@@ -410,7 +410,9 @@ class TestGenerate:
         path = make_lora(tmp_path / "wide.safetensors", width=256)
         assert_refused(draw("--lora", path), "transformer_blocks.0", "another size")
 
-    @pytest.mark.parametrize(("words", "told"), [(("--width", 65), ("64", "72")), (("--height", 1), ("`height`", "8"))])
+    @pytest.mark.parametrize(
+        ("words", "told"), [(("--width", 65), ("64", "72")), (("--height", 1), ("`height`", "at least 16"))]
+    )
     def test_size_off_the_grid(self, draw, words: tuple[object, ...], told: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
         assert_refused(draw(*words), *told)
 

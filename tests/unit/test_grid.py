@@ -11,6 +11,7 @@ from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from flux_ft.errors import StorageError
+from flux_ft.infer import grid
 from flux_ft.infer.grid import data_url, labelled_grid, save_png, to_image, wrap_text
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -106,6 +107,31 @@ def test_long_labels_fit_above_their_column():
     sheet = labelled_grid([[colour(RED)]], ["step 100"], [words], 64)
     assert sheet.height > 64 + 16 * 4
     assert np.asarray(sheet.convert("L")).min() < 60  # something was written
+
+
+def test_endless_labels_are_cut_and_stay_in_their_place():
+    word, words = "x" * 5000, "many words " * 500
+    sheet = labelled_grid([[colour(RED)], [colour(RED)]], [word, words], [words], 64, title=word)
+    assert sheet.width < 64 + 200
+    assert sheet.height < 2 * 68 + 400
+    pixels = np.asarray(sheet).astype(int)
+    assert (pixels == RED).all(2).sum() == 2 * 64 * 64  # nothing is written over a picture
+    plain = labelled_grid([[colour(RED)]], ["a"], ["b"], 64)
+    assert labelled_grid([[colour(RED)]], ["a"], ["b"], 64, title="seed 3").height > plain.height
+
+
+def test_a_table_of_files_is_the_table_of_their_pictures(tmp_path):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    save_png(colour(RED), files[0])
+    save_png(colour(BLUE, (32, 64)), files[1])
+    drawn = labelled_grid([[colour(RED), colour(BLUE, (32, 64))]], ["r"], ["a", "b"], 40)
+    assert np.array_equal(np.asarray(labelled_grid([files], ["r"], ["a", "b"], 40)), np.asarray(drawn))
+
+
+def test_a_large_table_has_smaller_cells(monkeypatch):
+    monkeypatch.setattr(grid, "MAX_SHEET_PIXELS", 10 * 10 * 32 * 32)
+    sheet = labelled_grid([[colour(RED)] * 10] * 10, [""] * 10, [""] * 10, 512)
+    assert (np.asarray(sheet) == RED).all(2).sum() == 10 * 10 * 32 * 32
 
 
 def test_a_thumbnail_is_a_small_jpeg_in_text():
