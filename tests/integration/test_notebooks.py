@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +41,47 @@ class TestAsStored:
             assert cell.execution_count is None
 
 
-@pytest.mark.slow
-def test_quickstart_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
+    """Runs a notebook with four training steps; gives its cells' outputs."""
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(ROOT / "notebooks" / "01_quickstart.ipynb", as_version=4)
-    first = code_cells(notebook)[0]
-    first.source, changed = re.subn(r"^iterations = \d+", "iterations = 4", first.source, flags=re.MULTILINE)
-    assert changed == 1
-    fewer = "import flux_ft.quickstart\n\nflux_ft.quickstart.NUM_PROMPTS = 8"
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(fewer))
     for name, value in child_env().items():
         monkeypatch.setenv(name, value)
-    client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    )
-    client.execute()
 
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 2
+    def outputs_of(name: str) -> list[Any]:
+        notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+        first = code_cells(notebook)[0]
+        first.source, changed = re.subn(r"^iterations = \d+", "iterations = 4", first.source, flags=re.MULTILINE)
+        assert changed == 1
+        fewer = "import flux_ft.quickstart\n\nflux_ft.quickstart.NUM_PROMPTS = 8"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(fewer))
+        place = {"metadata": {"path": str(tmp_path)}}
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+        assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+        outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+        assert not [output for output in outputs if output.output_type == "error"]
+        return outputs
+
+    return outputs_of
+
+
+def num_pictures(outputs: list[Any]) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.slow
+def test_quickstart_notebook_runs(run: Callable[[str], list[Any]], tmp_path: Path) -> None:
+    outputs = run("01_quickstart.ipynb")
+    assert num_pictures(outputs) == 2
     assert any("| of 64 prompts |" in output.get("data", {}).get("text/markdown", "") for output in outputs)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     with Image.open(tmp_path / "runs" / "notebook" / "before_after.png") as grid:
         grid.load()
+
+
+@pytest.mark.slow
+def test_your_own_lora_notebook_runs(run: Callable[[str], list[Any]], tmp_path: Path) -> None:
+    outputs = run("02_your_own_lora.ipynb")
+    assert num_pictures(outputs) == 6
+    assert any("the same to the pixel" in output.get("text", "") for output in outputs)
+    assert (tmp_path / "runs" / "drawing" / "sweep" / "sheet.html").is_file()
