@@ -513,6 +513,8 @@ def test_a_truncated_file_is_refused(tmp_path: Path, single_files: dict[str, Pat
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lora.safetensors"
     save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(2, 2)}, path)
+    assert "is a LoRA, not a model" in refusal(path).message
+    save_file({"decoder.conv_in.weight": torch.zeros(2, 2)}, path)
     assert "no FLUX.1 transformer inside" in refusal(path).message
 
 

@@ -261,7 +261,7 @@ class TestFiles:
         model = ("--model", straight.folder / FULL, "--model-parts", "flux-tiny")
         done = run_verb("generate", *model, *words, cwd=tmp_path, env=child_env() | QUICK)
         assert done.code == 0, done.stderr
-        (drawn,) = (tmp_path / "pictures").iterdir()
+        (drawn,) = (tmp_path / "pictures").glob("*.png")
         with Image.open(drawn) as picture:
             assert picture.size == (64, 64)
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from flux_ft.adapters.formats import write_adapter
 from flux_ft.families.registry import tiny_folder
 from flux_ft.families.tiny.scenes import all_scenes, render
-from flux_ft.infer.control import canny
+from flux_ft.infer.control import canny, tiny_canny
 from flux_ft.infer.records import pixels_sha256, read_recipe
 from flux_ft.types import AdapterState, LoraLayer
 from tests._loras import random_lora
@@ -219,8 +219,8 @@ def test_repeat_draws_the_same_pixels(name: str, draw: Verb, tmp_path: Path) -> 
         assert draw(tmp_path / "c", "--repeat", source)["same"] is True
 
 
-BATCH = ("--prompt", "a large red heart", "--x", "guidance=1..4:40")
-"""Forty pictures that do not share a batch, so that they come one by one."""
+BATCH = ("--prompt", "a large red heart", "--x", "guidance=1..4:150")
+"""Pictures that do not share a batch, so that they come one by one, and enough of them to be stopped on the way."""
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_an_interrupted_batch_is_whole_and_goes_on(
     child.send_signal(signal.Signals[name])
     stopped = finish(child, started)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.glob("?????.png"))}
-    assert 4 <= len(before) < 40
+    assert 4 <= len(before) < 150
     for path in before:
         recipe = read_recipe(path)
         with Image.open(path) as picture:
@@ -252,7 +252,7 @@ def test_an_interrupted_batch_is_whole_and_goes_on(
     if name == "SIGINT":
         assert stopped.code == 130, stopped.stderr
         assert "Traceback" not in stopped.stderr
-        assert f"{len(before)} of 40 pictures" in stopped.stderr
+        assert f"{len(before)} of 150 pictures" in stopped.stderr
         assert shlex.split(stopped.stderr.partition("go on: ")[2])[1:] == go_on
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
     monkeypatch.chdir(place)
@@ -263,7 +263,7 @@ def test_an_interrupted_batch_is_whole_and_goes_on(
     names = [path.name for path in sorted(straight.glob("?????.png"))]
     assert [Path(path).name for path in finished.json["pictures"]] == names
     assert all(same(folder / name, straight / name) for name in names)
-    assert run_here(capsys, *go_on, "--json").json["earlier"] == 40
+    assert run_here(capsys, *go_on, "--json").json["earlier"] == 150
 
 
 def test_a_sweep_beside_the_base(draw: Verb, tmp_path: Path) -> None:
@@ -353,7 +353,9 @@ def test_canny_writes_what_the_task_sees(
     with Image.open(place / "scene.png") as scene:
         assert np.array_equal(pixels(tmp_path / "edges.png"), np.asarray(canny(scene)))
     if HAS_CONTROL:
-        (by_map,) = draw(tmp_path / "a", "--task canny --preprocessed-image", tmp_path / "edges.png")["pictures"]
+        with Image.open(place / "scene.png") as scene:
+            tiny_canny(scene).save(tmp_path / "wide.png")
+        (by_map,) = draw(tmp_path / "a", "--task canny --preprocessed-image", tmp_path / "wide.png")["pictures"]
         assert same(by_map, draw(tmp_path / "b", f"{CANNY} scene.png")["pictures"][0])
 
 

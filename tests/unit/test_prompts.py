@@ -123,7 +123,7 @@ def test_several_loras_in_a_cell(folder: Path) -> None:
         ("p.jsonl", '{"sed": 3}', ["p.jsonl:1", "no `sed`", "did you mean `seed`?"]),
         ("p.jsonl", '{"seed": 1, "seed": 2}', ["p.jsonl:1", "'seed' is there twice"]),
         ("p.jsonl", '{"guidance": NaN}', ["p.jsonl:1", "NaN"]),
-        ("p.jsonl", '{"seed": "many"}', ["p.jsonl:1", "`seed` is 'many'", "integer"]),
+        ("p.jsonl", '{"seed": "many"}', ["p.jsonl:1", "`seed` is 'many'", "whole number"]),
         ("p.jsonl", '{"finetune_strength": 3}', ["p.jsonl:1", "`finetune_strength` is 3"]),
         ("p.jsonl", '{"prompt": "\\ud800"}', ["p.jsonl:1", "not JSON"]),
         ("p.jsonl", '{"\\u001b[2J": 1}', ["p.jsonl:1", "\\x1b[2J"]),
