@@ -237,7 +237,9 @@ def test_an_interrupted_batch_is_whole_and_goes_on(
     name: str, place: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     folder, words, started = tmp_path / "p", (*DRAW, *BATCH, "--output", tmp_path / "p"), time.monotonic()
-    child = start_verb(*words, cwd=place, env=child_env() | QUICK)
+    # What starts these tests in the background may have had Ctrl-C ignored, and children inherit that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)} if os.name == "posix" else {}
+    child = start_verb(*words, cwd=place, env=child_env() | QUICK, **heard)
     wait_until(lambda: len(list(folder.glob("?????.png"))) >= 4, child, "four pictures")
     child.send_signal(signal.Signals[name])
     stopped = finish(child, started)
