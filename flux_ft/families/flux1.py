@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from flux_ft import flow
-from flux_ft.errors import ModelError, first_line
+from flux_ft.errors import ModelError
 from flux_ft.families import layout, quantize
 from flux_ft.families.base import ImageInput, Variant
+from flux_ft.families.hub import load_part
 from flux_ft.families.tokens import CLIP_TOKENS
 from flux_ft.types import ImageCond, TextCond
 
@@ -243,34 +244,11 @@ def position_ids(rows: int, columns: int, device: torch.device, plane: int = 0) 
     return torch.stack([torch.full_like(row, plane), row, column], dim=-1).reshape(-1, 3)
 
 
+_WHOLE = "a whole FLUX.1 model in the diffusers layout, as `hf download` writes it"
+
+
 def _load(cls: Any, source: str, subfolder: str, dtype: torch.dtype | None = None) -> Any:
-    options: dict[str, Any] = {}
-    if dtype is not None:
-        # diffusers and transformers name the same option differently.
-        options["dtype" if cls.__module__.startswith("transformers") else "torch_dtype"] = dtype
-        options["output_loading_info"] = True
-    try:
-        loaded = cls.from_pretrained(source, subfolder=subfolder, **options)
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
-        if Path(source).is_dir():
-            raise ModelError(
-                f"{source}: `{subfolder}` could not be loaded: {first_line(error)}",
-                hint="the folder must be a whole FLUX.1 model in the diffusers layout, as `hf download` writes it",
-            ) from error
-        raise ModelError(
-            f"{source}: `{subfolder}` could not be fetched from the Hub: {first_line(error)}",
-            hint=f"accept the licence at https://huggingface.co/{source}, run `hf auth login`, and try again; "
-            "or download the folder and give its path as `model`",
-        ) from error
-    if dtype is None:
-        return loaded
-    part, info = loaded
-    if info["missing_keys"]:  # both libraries would make the missing weights up
-        raise ModelError(
-            f"{source}: `{subfolder}` lacks {len(info['missing_keys'])} tensors; first: {min(info['missing_keys'])}",
-            hint="download it again",
-        )
-    return part
+    return load_part(cls, source, subfolder, _WHOLE, dtype)
 
 
 def _load_tokenizer(cls: Any, source: str, subfolder: str, vocab_size: int) -> Any:
