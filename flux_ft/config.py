@@ -130,6 +130,9 @@ class DataConfig(SourceConfig):
     is; `1` keeps the order as written."""
     resample_latents: bool = True
     """Draw each latent anew from the autoencoder's distribution at every step; `false` always takes its mean."""
+    workers: int = Field(default=2, ge=0, le=64)
+    """Threads that read the next steps' batches while this one trains, which changes nothing else; `0` switches them
+    off."""
 
     @property
     def all_sources(self) -> tuple[SourceConfig, ...]:
@@ -215,6 +218,9 @@ class OptimConfig(Section):
     the average over the run; `null` switches averaging off."""
     ema_every: int = Field(default=10, ge=1)
     """Optimizer steps between two updates of the average, which lies in host memory; `1` is the least."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """Leave out a step whose gradient is this many times longer than the median of the last 50 steps', 10 being usual;
+    `null` takes every step."""
 
 
 class ScheduleConfig(Section):
@@ -236,7 +242,7 @@ class MemoryConfig(Section):
     attention with `selective`, everything with `full`; `auto` = full for models above a billion weights."""
     fused_backward: bool | None = None
     """Move each weight as soon as its gradient is there, so that the gradients of the whole model never exist; `false`
-    switches it off, `null` = in full fine-tunes wherever `optim.accumulate` is 1, on one GPU."""
+    switches it off, `null` = in full fine-tunes on one GPU, without `optim.accumulate` and `optim.spike_factor`."""
     stream_blocks: int = Field(default=0, ge=0)
     """Blocks of the model that stay in host memory and visit the device in turn, for cards that cannot hold them all;
     `0` keeps all on the device."""
@@ -285,8 +291,8 @@ class CheckpointConfig(Section):
 
     every: int | None = Field(default=100, ge=1)
     """Optimizer steps between checkpoints; `null` switches them off."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that stay on disk; older ones are deleted, and `1` is the least."""
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints that stay on disk; older ones are deleted, and `2` is the least: one may turn out damaged."""
 
 
 class ExportConfig(Section):
@@ -343,6 +349,9 @@ class RunConfig(Section):
     largest alone for `high_res_only`; `quality` gives nothing up."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all random draws of the training; cannot be switched off."""
+    determinism: Literal["auto", "strict", "fast"] = "auto"
+    """Whether a stopped and resumed run ends with the bits of one that was never stopped: always with `strict`, or with
+    the same pictures and noise but the GPU's fastest kernels with `fast`; `auto` = strict on a CPU, fast on a GPU."""
     allow_distilled: bool = False
     """Train on a step-distilled base all the same, though it loses its speed; `false` refuses it."""
     webhook_url: Dropped = None
@@ -473,6 +482,14 @@ def _impossible_memory(config: RunConfig) -> Iterator[Contradiction]:
             ("memory.fused_backward", "optim.accumulate"),
             f"`memory.fused_backward` uses each gradient up at once, but `optim.accumulate` is {accumulate}",
             "set `optim.accumulate` to 1, or leave `memory.fused_backward` out",
+        )
+    spikes = config.optim.spike_factor is not None
+    if full and spikes and (memory.fused_backward or memory.stream_blocks):
+        key = "memory.fused_backward" if memory.fused_backward else "memory.stream_blocks"
+        yield Contradiction(
+            ("optim.spike_factor", key),
+            f"`optim.spike_factor` leaves steps out once all gradients are known, but `{key}` has moved weights by then",
+            f"leave one of the two out; without `{key}` the gradients of all weights stay in memory",
         )
     if memory.stream_blocks and memory.recompute in ("none", "selective"):
         yield Contradiction(

@@ -236,7 +236,7 @@ def fuses_backward(config: RunConfig, world: int) -> bool:
     """Whether weights are moved in the backward pass. Over several processes gradients have to be averaged first."""
     if config.finetune_type != "full" or config.memory.fused_backward is False:
         return False
-    return config.optim.accumulate == 1 and world == 1
+    return config.optim.accumulate == 1 and config.optim.spike_factor is None and world == 1
 
 
 def _stream(config: RunConfig, family: Family, denoiser: nn.Module, device: torch.device) -> BlockStream:

@@ -94,6 +94,7 @@ def test_section_defaults() -> None:
     assert (config.export.formats, config.export.dtype) == (("diffusers", "kohya"), "bf16")
     assert config.export.keep_full is False
     assert config.logging.trackers == ()
+    assert (config.determinism, config.data.workers, config.optim.spike_factor) == ("auto", 2, None)
 
 
 @pytest.mark.parametrize(
@@ -939,7 +940,7 @@ def test_the_schema_takes_data_as_text_or_section_and_refuses_unknown_keys() -> 
 
 
 def test_the_number_of_settings_is_a_decision() -> None:
-    assert len(setting_keys()) == 75, "each setting is something to learn, test and keep: is the new one worth it?"
+    assert len(setting_keys()) == 78, "each setting is something to learn, test and keep: is the new one worth it?"
 
 
 @pytest.mark.parametrize("key", setting_schemas())
