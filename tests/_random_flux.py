@@ -11,7 +11,7 @@ import torch
 from flux_ft.bench.infer import RandomFlux1
 from flux_ft.config import RunConfig
 from flux_ft.families.registry import FLUX1_DEV
-from flux_ft.train.loop import StepResult, training_step
+from flux_ft.train.loop import StepResult, step_batches, training_step
 from flux_ft.train.setup import TrainState, make_accelerator, prepare_model
 from flux_ft.types import Bucket, CachedExample, TextCond
 
@@ -41,6 +41,7 @@ def run_steps(
     example = CachedExample("random", Bucket(side_px, side_px), latent, None, (cond,))
     results = []
     for _ in range(steps):
-        results.append(training_step(state, family, config, [example], [0]))
+        batches = step_batches(config, [example], [0], state.step)
+        results.append(training_step(state, family, config, iter([batches])))
         state.step += 1
     return results, state

@@ -11,6 +11,9 @@ and captions are encoded one at a time, since a batch would let its other member
 1 MP, or 512 tokens, one already fills a GPU. Every entry carries a SHA-256 of its numbers, which is checked whenever
 they are read.
 
+Several processes fill a cache together: all list what is missing before any writes, each encodes its share, and none
+goes on before all have written.
+
 With FLUX.1 a picture takes 2 bytes a pixel (16 channels at an eighth of either side, float32, twice), 2.1 MB at 1 MP,
 and a caption 4.2 MB (512 tokens of 4,096 numbers, bfloat16).
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,9 +46,10 @@ from flux_ft.data.captions import tidy
 from flux_ft.data.images import load_mask, load_picture
 from flux_ft.data.index import default_index_path
 from flux_ft.data.parallel import ordered_map, usable_cpus
+from flux_ft.data.share import ALONE, Share
 from flux_ft.errors import DataError, NonFiniteError, StorageError
 from flux_ft.files import write_whole
-from flux_ft.types import Bucket, CachedExample, Decoding, PlacedSample, Sample, TextCond
+from flux_ft.types import Bucket, CachedExample, Decoding, PlacedSample, Sample, SourceFile, TextCond
 
 ImageEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
 """pixels_B3HW float32 in [-1, 1] to mean and standard deviation of the normalised latents, both (B, C, H, W)."""
@@ -114,67 +119,99 @@ class _Decoded:
     mask_HW: NDArray[np.uint8] | None
 
 
+@dataclass(frozen=True)
+class _Made:
+    """One entry, ready to be written."""
+
+    path: Path
+    entry: Entry
+    what: str
+    """In words."""
+    part: float
+    """About how much of all that is missing it is."""
+
+
 def cache_latents(
     placed: Sequence[PlacedSample],
     decoding: Decoding,
     folder: Path,
     fingerprint: str,
     open_encoder: Callable[[], ImageEncoder],
+    share: Share = ALONE,
 ) -> int:
-    """Encode the pictures that are not in the cache yet; returns how many entries were written.
+    """Encode the pictures that are not in the cache yet; returns how many entries this process wrote.
 
     Each picture is read once, in the order of `placed`, and decoded by threads while others are encoded. A damaged
-    entry counts as missing. Raises DataError for a picture or mask that cannot be read or weighs nothing,
-    NonFiniteError for a latent that is not finite, StorageError when the disk is full.
+    entry counts as missing. Every process has to call this. Raises DataError for a picture or mask that cannot be read
+    or weighs nothing, NonFiniteError for a latent that is not finite, StorageError when the disk is full.
     """
     wanted: dict[Path, PlacedSample] = {}
     for one in placed:
         wanted.setdefault(latent_path(folder, one, decoding, fingerprint), one)
     missing = {path: one for path, one in wanted.items() if not _is_whole(path, _latent_names(one.sample))}
-    if not missing:
-        return 0
-    encode = open_encoder()
-    written, threads = 0, usable_cpus()
-    decoded = ordered_map(lambda read: _decode(read, decoding), _readings(missing), threads, 2 * threads)
-    with log.progress("encode pictures", len(missing)) as bar:
-        for picture in chain.from_iterable(decoded):
-            entry = _encode(encode, picture)
-            if not written:
-                per_pixel = _bytes(entry) / (picture.bucket.width_px * picture.bucket.height_px)
-                _check_free_space(folder, per_pixel * _pixels(missing.values()))
-            _store(picture.path, entry, f"the latent of `{picture.sample.file}`")
-            written += 1
-            bar.advance()
-    return written
+    pictures = [tuple(sizes) for _, sizes in groupby(missing.items(), key=_file_of)]
+    own = dict(chain.from_iterable(share.of(pictures)))
+    pixels = sum(_pixels(one.bucket) for one in missing.values())
+
+    def make() -> Iterator[_Made]:
+        encode, threads = open_encoder(), usable_cpus()
+        decoded = ordered_map(lambda read: _decode(read, decoding), _readings(own), threads, 2 * threads)
+        for one in chain.from_iterable(decoded):
+            part = _pixels(one.bucket) / pixels
+            yield _Made(one.path, _encode(encode, one), f"the latent of `{one.sample.file}`", part)
+
+    return _fill(folder, "encode pictures", len(own), make, share)
 
 
 def cache_texts(
-    captions: Iterable[str], folder: Path, fingerprint: str, open_encoder: Callable[[], TextEncoder]
+    captions: Iterable[str],
+    folder: Path,
+    fingerprint: str,
+    open_encoder: Callable[[], TextEncoder],
+    share: Share = ALONE,
 ) -> int:
-    """Encode the captions (and preview prompts, and "") that are not in the cache yet; returns how many were written.
+    """Encode the captions (and preview prompts, and "") that are not in the cache yet; returns how many of them this
+    process wrote.
 
-    Raises NonFiniteError and StorageError as `cache_latents` does.
+    Every process has to call this. Raises NonFiniteError and StorageError as `cache_latents` does.
     """
     wanted = {text_path(folder, caption, fingerprint): tidy(caption) for caption in captions}
     missing = [(path, text) for path, text in wanted.items() if not _is_whole(path, _TEXT_NAMES)]
-    if not missing:
-        return 0
-    encode = open_encoder()
-    with log.progress("encode captions", len(missing)) as bar, torch.no_grad():
-        for position, (path, caption) in enumerate(missing):
-            text = encode([caption])
+    own = share.of(missing)
+
+    def make() -> Iterator[_Made]:
+        encode = open_encoder()
+        for path, caption in own:
+            with torch.no_grad():
+                text = encode([caption])
             assert len(text.embeds_BLD) == len(text.pooled_BP) == 1, "another number of captions came back"
             entry = {"embeds_LD": text.embeds_BLD[0].detach().cpu(), "pooled_P": text.pooled_BP[0].detach().cpu()}
-            if not position:
-                _check_free_space(folder, _bytes(entry) * len(missing))
-            _store(path, entry, f'the text embedding of "{caption}"')
+            yield _Made(path, entry, f'the text embedding of "{caption}"', 1 / len(missing))
+
+    return _fill(folder, "encode captions", len(own), make, share)
+
+
+def _fill(folder: Path, work: str, count: int, make: Callable[[], Iterator[_Made]], share: Share) -> int:
+    """Write the `count` entries that are this process's share; `make` is called only if there are any."""
+    free = _free_space(folder)
+    share.wait()
+    with log.progress(share.named(work), count) as bar:
+        for one in make() if count else ():
+            if not bar.done:
+                _require_space(folder, _bytes(one.entry) / one.part, free)
+            _store(one.path, one.entry, one.what)
             bar.advance()
-    return len(missing)
+    share.wait()
+    return count
+
+
+def _file_of(item: tuple[Path, PlacedSample]) -> SourceFile:
+    return item[1].sample.file
 
 
 def _readings(missing: Mapping[Path, PlacedSample]) -> Iterator[_Read]:
     """Each picture's bytes once, with all its sizes: a stream can only go forwards."""
-    for _, group in groupby(missing.items(), key=lambda item: item[1].sample.file):
+    for _, group in groupby(missing.items(), key=_file_of):
         wanted = [(path, one.bucket, one.sample) for path, one in group]
         sample = wanted[0][2]
         try:
@@ -298,6 +335,14 @@ class Examples(Sequence[CachedExample]):
             memory=self._memory,
         )
 
+    def digest(self) -> str:
+        """Tells what is encoded apart: a few letters of SHA-256 over those of all entries, in the order of the rows.
+
+        Raises StorageError for an entry that is missing or damaged.
+        """
+        paths = dict.fromkeys(path for row in self.rows for path in (row.latent, *row.texts))
+        return hashlib.sha256("\n".join(map(_noted_sha256, paths)).encode()).hexdigest()[:16]
+
     @property
     def pictures(self) -> int:
         """How many different pictures there are, whatever their sizes and repeats."""
@@ -318,21 +363,26 @@ class _Texts(Sequence[TextCond]):
 
 
 class Memory:
-    """Entries as they were read, least recently used ones dropped beyond `limit` bytes."""
+    """Entries as they were read, least recently used ones dropped beyond `limit` bytes. For several threads at once."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held = limit, 0
         self._entries: OrderedDict[Path, Entry] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, path: Path) -> Entry:
         """Raises StorageError for an entry that is missing or damaged."""
-        if path in self._entries:
-            self._entries.move_to_end(path)
-            return self._entries[path]
-        entry = self._entries[path] = read_entry(path)
-        self._held += _bytes(entry)
-        while self._held > self._limit:
-            self._held -= _bytes(self._entries.popitem(last=False)[1])
+        with self._lock:
+            if path in self._entries:
+                self._entries.move_to_end(path)
+                return self._entries[path]
+        entry = read_entry(path)  # without the lock: threads read side by side
+        with self._lock:
+            if path not in self._entries:
+                self._entries[path] = entry
+                self._held += _bytes(entry)
+            while self._held > self._limit:
+                self._held -= _bytes(self._entries.popitem(last=False)[1])
         return entry
 
 
@@ -391,13 +441,26 @@ def read_entry(path: Path) -> Entry:
     try:
         data = path.read_bytes()
         entry: Entry = load(data)
-        # safetensors gives out metadata only with a file that stays mapped, which on Windows nobody could replace.
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        if header["__metadata__"]["sha256"] == _sha256(entry):
+        if _noted_sha256(path) == _sha256(entry):
             return entry
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError):
         pass
-    raise StorageError(
+    raise _damaged(path)
+
+
+def _noted_sha256(path: Path) -> str:
+    """What an entry's header says of its numbers. Raises StorageError."""
+    # safetensors gives out metadata only with a file that stays mapped, which on Windows nobody could replace.
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return str(header["__metadata__"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(
         f"the cache entry `{path}` is missing or damaged",
         hint="check the cache by `flux-ft cache RUN.yaml --verify`, then start again: what is missing is made anew",
     )
@@ -433,13 +496,17 @@ def _latent_names(sample: Sample) -> set[str]:
     return _LATENT_NAMES | ({"mask_HW"} if sample.masked else set())
 
 
-def _check_free_space(folder: Path, needed: float) -> None:
-    """Refuse before the first byte what would not fit; `needed` in bytes."""
+def _free_space(folder: Path) -> int:
+    """In bytes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        return shutil.disk_usage(folder).free
     except OSError as error:
         raise StorageError(f"cannot write to `{folder}`: {error.strerror}", hint="choose another folder") from error
+
+
+def _require_space(folder: Path, needed: float, free: float) -> None:
+    """Refuse before the first byte what would not fit into what was `free` before any process wrote, in bytes."""
     if needed > free:
         raise StorageError(
             f"the cache needs {needed / 1e9:.2f} GB more in `{folder}` and {free / 1e9:.2f} GB are free",
@@ -451,8 +518,8 @@ def _bytes(entry: Entry) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in entry.values())
 
 
-def _pixels(placed: Iterable[PlacedSample]) -> int:
-    return sum(one.bucket.width_px * one.bucket.height_px for one in placed)
+def _pixels(bucket: Bucket) -> int:
+    return bucket.width_px * bucket.height_px
 
 
 # --- verifying ------------------------------------------------------------------------------------------------------

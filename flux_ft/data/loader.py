@@ -6,15 +6,19 @@ remembered between steps, so a resumed run and any number of workers see the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from hashlib import blake2b
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flux_ft.data.parallel import ordered_map
 from flux_ft.flow import draw_noise, keyed_generator
 from flux_ft.types import Batch, Bucket, CachedExample, TextCond
+
+T = TypeVar("T")
 
 
 def bucket_schedule(sizes: Sequence[int], steps: int) -> list[int]:
@@ -156,6 +160,39 @@ def resampled(batch: Batch, seed: int, step: int) -> Batch:
     draws = [draw_noise(shape, keyed_generator(seed, "latent", step, slot)) for slot in batch.slots]
     return replace(
         batch, mean_BCHW=batch.mean_BCHW.float() + batch.std_BCHW.float() * torch.stack(draws), std_BCHW=None
+    )
+
+
+def made_ahead(make: Callable[[int], T], steps: Iterable[int], workers: int) -> Generator[T, None, None]:
+    """`make(step)` for each step, in order; up to `workers` of them are made in threads while an earlier one is used.
+
+    Without workers each is made when it is asked for. An error in making one comes out in its place, as itself. No
+    thread is left when the generator has ended or is closed.
+    """
+    yield from ordered_map(make, steps, workers, window=workers + 1) if workers else map(make, steps)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch in page-locked memory, which a GPU reads while it computes."""
+    return _with_tensors(batch, Tensor.pin_memory)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`; a pinned one gets to a GPU while that computes."""
+    return _with_tensors(batch, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+
+def _with_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    def changed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else change(tensor)
+
+    return replace(
+        batch,
+        mean_BCHW=change(batch.mean_BCHW),
+        std_BCHW=changed(batch.std_BCHW),
+        text=TextCond(change(batch.text.embeds_BLD), change(batch.text.pooled_BP)),
+        weight_BHW=changed(batch.weight_BHW),
+        loss_weight_B=changed(batch.loss_weight_B),
     )
 
 

@@ -6,14 +6,17 @@ Nothing here may touch the training: no global random state, no gradients, the d
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 from torch import nn
 
+from flux_ft import log
+from flux_ft.data.share import ALONE, Share
+from flux_ft.errors import StorageError
 from flux_ft.families.base import Family
 from flux_ft.files import write_whole
 from flux_ft.infer.grid import labelled_grid, save_png, to_image
@@ -40,9 +43,9 @@ class PreviewPlan:
 
 
 def draw_previews(
-    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module
+    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, which: Sequence[int] | None = None
 ) -> Generator[Image.Image, None, None]:
-    """The pictures of every prompt, in order, each drawn when it is asked for: one at a time needs little memory.
+    """The pictures of the prompts at positions `which`, or of every prompt: one by one needs little memory.
 
     When it ends or is closed, the denoiser is back in its mode and the autoencoder on the CPU.
     """
@@ -50,9 +53,9 @@ def draw_previews(
     denoiser.eval()
     vae.to(next(denoiser.parameters()).device)
     try:
-        for index, cond in enumerate(plan.conds):
+        for index in range(len(plan.conds)) if which is None else which:
             noise = initial_noise(family.latent_shape(plan.width_px, plan.height_px), [plan.seed + index])
-            latents = sample_latents(family, denoiser, noise, cond, plan.steps, plan.guidance)
+            latents = sample_latents(family, denoiser, noise, plan.conds[index], plan.steps, plan.guidance)
             yield to_image(family.decode_latents(vae, latents)[0])
     finally:
         denoiser.train(was_training)
@@ -60,17 +63,47 @@ def draw_previews(
 
 
 def write_previews(
-    plan: PreviewPlan, family: Family, denoiser: nn.Module, vae: nn.Module, folder: Path, step: int
+    plan: PreviewPlan,
+    family: Family,
+    denoiser: nn.Module,
+    vae: nn.Module,
+    folder: Path,
+    step: int,
+    share: Share = ALONE,
 ) -> list[Path]:
-    """Draw every prompt and write `folder/step-…/00.png`, … and the prompts."""
+    """Draw every prompt and write `folder/step-…/00.png`, … and, when all are there, the prompts.
+
+    Every process has to call this, draws its share, and returns the paths of what it has written. What the disk refuses
+    is told and left out: training does not end for a picture.
+    """
+    folder = folder / f"step-{step:06d}"
+    turns = share.turns(len(plan.conds))
     paths = []
-    with closing(draw_previews(plan, family, denoiser, vae)) as images:
-        for index, image in enumerate(images):
-            path = folder / f"step-{step:06d}" / f"{index:02d}.png"
-            save_png(image, path)
-            paths.append(path)
-    write_whole(folder / f"step-{step:06d}" / PROMPTS_FILE, json.dumps(plan.prompts).encode())
+    with closing(draw_previews(plan, family, denoiser, vae, [index for index, _ in turns])) as images:
+        for (index, counts), image in zip(turns, images, strict=True):
+            path = folder / f"{index:02d}.png"
+            with _disk_may_refuse():
+                if counts:
+                    save_png(image, path)
+                    paths.append(path)
+    share.wait()
+    if share.index == 0 and all((folder / f"{index:02d}.png").is_file() for index in range(len(plan.conds))):
+        with _disk_may_refuse():
+            write_whole(folder / PROMPTS_FILE, json.dumps(plan.prompts).encode())
     return paths
+
+
+@contextmanager
+def _disk_may_refuse() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        log.warn(f"{error.message}; the preview is left out")
+
+
+def has_previews(folder: Path, step: int, plan: PreviewPlan) -> bool:
+    """Whether these prompts' previews of a step are whole, from before a stop."""
+    return _prompts_of(folder / f"step-{step:06d}") == list(plan.prompts)
 
 
 def preview_grid(folder: Path, prompts: tuple[str, ...], max_rows: int = 8) -> Image.Image | None:

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,6 +31,7 @@ from flux_ft.data.cache import (
     verify_cache,
 )
 from flux_ft.data.images import load_mask, load_picture
+from flux_ft.data.share import ALONE, Share
 from flux_ft.errors import DataError, NonFiniteError, StorageError
 from flux_ft.types import Bucket, Decoding, FoundFile, PlacedSample, Sample, Signals, SourceFile, TextCond
 
@@ -130,11 +133,11 @@ def placed(source):
     return place(*(sample(source, f"{i}.png", "a" * (i % 3 + 1), size) for i, size in enumerate(sizes)))
 
 
-def fill(placed, folder, encoders, image_print="vae", text_print="t5", decoding=PLAIN):
+def fill(placed, folder, encoders, image_print="vae", text_print="t5", decoding=PLAIN, share=ALONE):
     captions = [one.sample.caption for one in placed]
     return (
-        cache_latents(placed, decoding, folder, image_print, encoders.image),
-        cache_texts(captions, folder, text_print, encoders.text),
+        cache_latents(placed, decoding, folder, image_print, encoders.image, share),
+        cache_texts(captions, folder, text_print, encoders.text, share),
     )
 
 
@@ -284,6 +287,64 @@ def test_a_disk_without_room_is_refused_before_the_first_entry(placed, tmp_path,
     assert cache_latents(placed, PLAIN, tmp_path / "cache", "vae", encoders.image) == 8
 
 
+# --- Several processes, for which threads stand in. ---
+
+
+def in_processes(count, work, **barrier):
+    """`work(share)` in each, side by side."""
+    meeting = threading.Barrier(count, timeout=30, **barrier)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, [Share(index, count, meeting.wait) for index in range(count)]))
+
+
+def written(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_several_fill_a_cache_as_one_does(placed, source, tmp_path, encoders, count):
+    fill(placed, tmp_path / "one", encoders)
+    source.reads.clear()
+    each, seen = [Encoders() for _ in range(count)], []
+
+    def work(share):
+        return fill(placed, tmp_path / "many", each[share.index], share=share)
+
+    done = in_processes(count, work, action=lambda: seen.append(len(written(tmp_path / "many"))))
+    assert seen == [0, 8, 8, 11]  # all have listed what is missing before any writes, and wait for the last
+    assert written(tmp_path / "many") == written(tmp_path / "one")
+    for shares, total in zip(zip(*done, strict=True), (8, 3), strict=True):
+        assert sum(shares) == total
+        assert max(shares) - min(shares) <= 1
+    assert sorted(source.reads) == [f"{index}.png" for index in range(8)]
+    assert [one.opened for one in each] == [bool(images) + bool(texts) for images, texts in done]
+    assert in_processes(count, work) == [(0, 0)] * count
+
+
+def test_all_sizes_of_a_picture_are_one_processs_work(source, tmp_path):
+    placed = place(*(sample(source, f"{i}.png", "a", Bucket(32, 32), Bucket(16, 16)) for i in range(5)))
+    each = [Encoders(), Encoders()]
+    in_processes(2, lambda share: cache_latents(placed, PLAIN, tmp_path, "vae", each[share.index].image, share))
+    assert sorted(source.reads) == [f"{index}.png" for index in range(5)]
+    assert [len(one.shapes) for one in each] == [6, 4]
+
+
+def test_room_that_others_have_filled_is_not_missed(placed, tmp_path, encoders, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    free = {True: 0, False: 3840}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[bool(written(tmp_path))]))
+
+    def work(share):
+        def open_late():
+            while share.index and not written(tmp_path):
+                time.sleep(0.001)
+            return encoders.image()
+
+        return cache_latents(placed, PLAIN, tmp_path, "vae", open_late, share)
+
+    assert in_processes(2, work) == [4, 4]
+
+
 def test_a_full_disk_while_writing_is_told(placed, tmp_path, encoders, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -415,6 +476,27 @@ def test_memory_holds_the_latest_entries_up_to_its_limit(placed, tmp_path, encod
     assert reads == [0, 1, 2, 3, 1, 3]
     nothing = Memory(0)
     assert torch.equal(nothing.read(paths[0])["mean_CHW"], memory.read(paths[0])["mean_CHW"])
+
+
+def test_memory_counts_an_entry_once_that_two_threads_read_at_once(placed, tmp_path, encoders, monkeypatch):
+    fill(placed, tmp_path, encoders)
+    paths = [latent_path(tmp_path, one, PLAIN, "vae") for one in placed[:2]]
+    meeting, reads = threading.Barrier(2, timeout=30), []
+
+    def read(path):
+        reads.append(path)
+        if len(reads) <= 2:
+            meeting.wait()
+        return read_entry(path)
+
+    monkeypatch.setattr(cache_module, "read_entry", read)
+    memory = Memory(2 * sum(tensor.nbytes for tensor in read_entry(paths[0]).values()))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(memory.read, [paths[0]] * 2)
+    assert torch.equal(first["mean_CHW"], second["mean_CHW"])
+    for path in (paths[1], *paths):
+        memory.read(path)
+    assert reads == [paths[0], paths[0], paths[1]]
 
 
 def test_examples_beyond_memory_are_read_again_and_the_same(placed, tmp_path, encoders):

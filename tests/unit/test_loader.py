@@ -1,6 +1,9 @@
 """The loader: batches follow from the seed and the step alone, and no picture is lost."""
 
+import threading
 from collections import Counter
+from contextlib import closing
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,9 +17,13 @@ from flux_ft.data.loader import (
     collate,
     draw_text,
     endless_order,
+    made_ahead,
+    on_device,
+    pinned,
     resampled,
     split_holdout,
 )
+from flux_ft.errors import StorageError
 from flux_ft.types import Bucket, CachedExample, TextCond
 
 WIDE, TALL, SQUARE = Bucket(64, 32), Bucket(32, 64), Bucket(48, 48)
@@ -170,6 +177,85 @@ def test_a_latents_draw_is_keyed_by_step_and_slot():
     torch.testing.assert_close(whole.mean_BCHW[2], 1 + 0.6 * noise)
     assert whole.std_BCHW is None
     assert resampled(whole, 5, 9) is whole
+
+
+class TestMadeAhead:
+    @pytest.mark.parametrize("workers", [0, 1, 2, 8])
+    def test_batches_are_the_same_for_any_number_of_workers(self, workers):
+        examples = [example(str(index)) for index in range(7)]
+        plan = BatchPlan([WIDE] * 7, 3, steps=20, seed=2)
+
+        def make(step):
+            return resampled(collate(examples, plan.indices(step), range(3)), 2, step)
+
+        made = list(made_ahead(make, range(5, 20), workers))
+        assert len(made) == 15
+        for step, batch in enumerate(made, 5):
+            assert torch.equal(batch.mean_BCHW, make(step).mean_BCHW)
+            assert batch.names == make(step).names
+
+    @pytest.mark.parametrize("workers", [0, 1, 4])
+    def test_no_more_are_begun_than_there_are_workers(self, workers):
+        begun = []
+        for done, _ in enumerate(made_ahead(begun.append, range(30), workers), 1):
+            assert len(begun) <= done + workers
+        assert sorted(begun) == list(range(30))
+
+    def test_they_are_made_in_threads_unless_there_are_no_workers(self):
+        def where(step):
+            return threading.current_thread()
+
+        here = threading.current_thread()
+        assert set(made_ahead(where, range(9), 0)) == {here}
+        assert here not in set(made_ahead(where, range(9), 2))
+
+    @pytest.mark.parametrize("workers", [0, 1, 3])
+    def test_an_error_comes_out_at_its_step_as_itself(self, workers):
+        wrong, got = StorageError("damaged"), []
+
+        def make(step):
+            if step == 4:
+                raise wrong
+            return step
+
+        before = set(threading.enumerate())
+        with pytest.raises(StorageError) as caught:
+            got.extend(made_ahead(make, range(9), workers))
+        assert caught.value is wrong
+        assert got == [0, 1, 2, 3]
+        assert set(threading.enumerate()) <= before
+
+    def test_no_thread_is_left_by_a_run_that_ends_early(self):
+        before = set(threading.enumerate())
+        with closing(made_ahead(lambda step: step, range(100), 3)) as batches:
+            assert [next(batches) for _ in range(5)] == [0, 1, 2, 3, 4]
+            assert not set(threading.enumerate()) <= before
+        assert set(threading.enumerate()) <= before
+
+
+def tensors_of(batch):
+    held = [getattr(batch, each.name) for each in fields(batch)] + [batch.text.embeds_BLD, batch.text.pooled_BP]
+    return [one for one in held if torch.is_tensor(one)]
+
+
+def test_all_of_a_batch_is_moved():
+    mask = torch.ones(2, 3)
+    full = collate([example("0", weight_HW=mask), example("1", loss_weight=0.5)], [1, 0], [0, 1])
+    for batch, count in ((full, 6), (collate([example("0", std_CHW=None)], [0], [0]), 3)):
+        moved = on_device(batch, torch.device("meta"))
+        assert len(tensors_of(batch)) == count
+        assert [one.shape for one in tensors_of(moved)] == [one.shape for one in tensors_of(batch)]
+        assert all(one.is_meta for one in tensors_of(moved))
+        assert (moved.slots, moved.names) == (batch.slots, batch.names)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_pinned_batch_is_the_same():
+    batch = collate([example("0"), example("1", loss_weight=0.5)], [1, 0], [0, 1])
+    ready = pinned(batch)
+    assert all(one.is_pinned() for one in tensors_of(ready))
+    there = on_device(ready, torch.device("cuda"))
+    assert all(torch.equal(one.cpu(), was) for one, was in zip(tensors_of(there), tensors_of(batch), strict=True))
 
 
 def test_adding_pictures_does_not_move_the_others():
