@@ -40,6 +40,7 @@ def quiet_libraries() -> None:
         "DIFFUSERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # read once, at the first product; strict training cannot do without
     }.items():
         os.environ.setdefault(name, value)
     # It warns at import of a CPU kernel that nobody asked for.

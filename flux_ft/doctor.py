@@ -9,8 +9,12 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flux_ft.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "bitsandbytes")
 OPTIONAL = ("bitsandbytes",)
@@ -24,12 +28,56 @@ class Finding:
     name: str
     ok: bool
     detail: str
+    figures: dict[str, Any] | None = None
+    """What was measured, where something was."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        facts: dict[str, Any] = {"name": self.name, "ok": self.ok, "detail": self.detail}
+        return facts if self.figures is None else facts | {"figures": self.figures}
+
+    def for_people(self) -> str:
+        """One line."""
+        return f"{'ok     ' if self.ok else 'PROBLEM'} {self.name}: {self.detail}"
 
 
 def examine() -> list[Finding]:
     """Look at everything; never raises for something that is missing."""
     python = Finding("python", sys.version_info >= (3, 11), f"{platform.python_version()} on {platform.platform()}")
     return [python, *(_library(name) for name in LIBRARIES), *_devices(), _tiny(), _disk(), _hub()]
+
+
+def examine_gpus() -> list[Finding]:
+    """Whether the GPUs, one of each kind, compute the same bits each time. About a minute each; never raises for that.
+
+    Raises ConfigError when an environment variable keeps strict mode from working at all.
+    """
+    from flux_ft.train.determinism import prepare_environment
+
+    prepare_environment()  # before anything computes on a GPU
+    gpus = _gpus()
+    if not gpus:
+        return [Finding("gpu", False, "no GPU that torch can use, so there is nothing to repeat on one")]
+    return [finding for gpu in gpus for finding in repeat_findings(gpu)]
+
+
+def repeat_findings(device: torch.device, **options: Any) -> list[Finding]:
+    """A finding for each pass that was repeated on this device; `options` are those of `check_repeats`."""
+    from flux_ft.bench.repeat import check_repeats
+
+    return [
+        Finding(f"{device}: {row.what}", row.ok, row.for_people(), row.as_json())
+        for row in check_repeats(device, **options)
+    ]
+
+
+def _gpus() -> list[torch.device]:
+    """One of each kind."""
+    import torch
+
+    kinds = {torch.cuda.get_device_name(i): torch.device("cuda", i) for i in reversed(range(torch.cuda.device_count()))}
+    found = sorted(kinds.values(), key=str)
+    return [*found, *([torch.device("mps")] if torch.backends.mps.is_available() else [])]
 
 
 def _library(name: str) -> Finding:

@@ -25,7 +25,7 @@ RANKS = {
     **dict.fromkeys(("adapters", "plan"), 3),
     "infer": 4,
     "train": 5,
-    **dict.fromkeys(("cli", "server", "bench", "quickstart", "doctor", "__main__"), 6),
+    **dict.fromkeys(("cli", "server", "bench", "bundle", "quickstart", "doctor", "__main__"), 6),
 }
 """Every room, and its layer: imports point down, or sideways within a layer where SIBLINGS_APART does not forbid it."""
 
