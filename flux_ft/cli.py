@@ -6,13 +6,14 @@ import json
 import math
 import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from flux_ft import __version__, quiet_libraries
-from flux_ft.errors import ConfigError, FluxFTError
+from flux_ft.errors import ConfigError, FluxFTError, first_line
 
 quiet_libraries()
 
@@ -54,24 +55,32 @@ def main() -> None:
         if isinstance(status, int) and status:
             sys.exit(status)
     except FluxFTError as error:
-        _tell(error)
-        sys.exit(error.exit_code)
+        _end(error)
     except (KeyboardInterrupt, typer.Abort):
         print("stopped at once; what was not reported as saved is lost", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # what no room foresaw: a disk that fills up or goes away in the middle
-        where = f"{error.filename}: " if error.filename else ""
-        _tell(FluxFTError(f"{where}{error.strerror or error}", hint="see to the disk or the file, then run again"))
-        sys.exit(1)
     except Exception as error:
         kind = {cls.__name__ for cls in type(error).__mro__}
         if "ClickException" in kind:  # typer carries its own copy of click, so the class is told by name
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        if "OutOfMemoryError" not in kind:  # torch's; torch is not imported here
+        from flux_ft.train import launch
+
+        several = launch.is_one_of_several()
+        if several and launch.is_lost_link(error):
+            _end(FluxFTError(first_line(error)), lost_others=True)
+        if "OutOfMemoryError" in kind:  # torch's; torch is not imported here
+            _end(FluxFTError(f"the GPU's memory is full: {str(error).split('. ')[0]}", hint=OUT_OF_MEMORY))
+        if isinstance(error, OSError):  # what no room foresaw: a disk that fills up or goes away in the middle
+            where = f"{error.filename}: " if error.filename else ""
+            hint = "see to the disk or the file, then run again"
+            _end(FluxFTError(f"{where}{error.strerror or error}", hint=hint))
+        if not several:
             raise
-        _tell(FluxFTError(f"the GPU's memory is full: {str(error).split('. ')[0]}", hint=OUT_OF_MEMORY))
-        sys.exit(1)
+        traceback.print_exc()
+        _end(
+            FluxFTError(f"{type(error).__name__}: {first_line(error)}", hint="its traceback is above; please report it")
+        )
 
 
 @app.command()
@@ -79,15 +88,34 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest whole checkpoint")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="go on though settings, data or software have changed")
+    ] = False,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs, a process each; of each machine, where NNODES is set", min=1)
+    ] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="save and end before so long, for example 3h50m", metavar="TIME")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry out the run that a file describes; also `accelerate launch -m flux_ft train RUN.yaml`."""
-    loaded = _load(run_file, overrides)
     from flux_ft import log
+    from flux_ft.train import launch, stops
+
+    limit = stops.parse_duration(max_time) if max_time else math.inf
+    words = ["train", str(run_file), *(overrides or ())]
+    words += [*(["--gpus", str(gpus)] if gpus else []), *(["--max-time", max_time] if max_time else [])]
+    if launch.is_wanted(gpus):
+        _load(run_file, overrides, warn=False)  # what is wrong in it is told once, and before anything is started
+        flags = {"--resume": resume, "--allow-drift": allow_drift, "--json": as_json}
+        launch.launch(gpus or 1, [*words, *(flag for flag, given in flags.items() if given)])
+        return
+    loaded = _load(run_file, overrides)
     from flux_ft.train.run import train as train_run
 
-    command = log.command("train", str(run_file), *(overrides or ()), "--resume")
-    result = train_run(loaded.config, resume=resume, command=command)
+    command = log.command(*words, "--resume")
+    result = train_run(loaded.config, resume=resume, command=command, allow_drift=allow_drift, max_seconds=limit)
     _report(
         result.as_json(),
         f"done: {result.steps} steps in {result.train_seconds:.0f} s, loss {result.loss:.4f}; "
@@ -587,13 +615,29 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="a run folder that --bundle tells of too", show_default=False)
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="try by repetition whether the GPU's bits repeat")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="write a ZIP for bug reports, free of secrets and paths", metavar="FILE.zip")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine: versions, device, memory, disk, Hub login. Exit code 1 when something must be mended."""
-    from flux_ft.doctor import examine
+    from flux_ft.bundle import write_bundle
+    from flux_ft.doctor import examine, examine_gpus
 
-    findings = examine()
-    words = [f"{'ok     ' if one.ok else 'PROBLEM'} {one.name}: {one.detail}" for one in findings]
-    _report({"findings": [vars(one) for one in findings]}, "\n".join(words), as_json, words_are_data=True)
+    if run is not None and bundle is None:
+        raise ConfigError(f"`{run}` is read for a bundle only", hint="add --bundle FILE.zip, or leave it out")
+    findings = examine() + (examine_gpus() if gpu else [])
+    words = [one.for_people() for one in findings]
+    data: dict[str, Any] = {"findings": [one.as_json() for one in findings]}
+    if bundle is not None:
+        written = write_bundle(bundle, findings, run)
+        data["bundle"], words = written.as_json(), [*words, "", written.for_people()]
+    _report(data, "\n".join(words), as_json, words_are_data=True)
     if not all(one.ok for one in findings):
         raise typer.Exit(1)
 
@@ -613,12 +657,13 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _load(run_file: Path, overrides: list[str] | None) -> Any:
+def _load(run_file: Path, overrides: list[str] | None, warn: bool = True) -> Any:
     from flux_ft import log
     from flux_ft.runfile import load_run
 
     loaded = load_run(run_file, overrides or ())
-    for warning in loaded.warnings if run_file.resolve().parent != loaded.config.output_dir.resolve() else ():
+    warn = warn and run_file.resolve().parent != loaded.config.output_dir.resolve()
+    for warning in loaded.warnings if warn else ():
         log.warn(warning)
     return loaded
 
@@ -662,8 +707,18 @@ def _report(data: dict[str, Any], words: str, as_json: bool, words_are_data: boo
         print(words, file=sys.stderr)
 
 
-def _tell(error: FluxFTError) -> None:
+def _end(error: FluxFTError, lost_others: bool = False) -> NoReturn:
+    """Tell a failure, once of several processes, and leave with its exit code."""
+    from flux_ft.train import launch
+
+    if launch.is_one_of_several():
+        launch.end_process(error, _tell, lost_others)
+    _tell(error)
+    sys.exit(error.exit_code)
+
+
+def _tell(error: FluxFTError, who: str = "") -> None:
     label = "stopped" if error.exit_code == 130 else "error"
-    print(f"{label}: {error.message}", file=sys.stderr)
+    print(f"{who}{label}: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"\nhint: {error.hint}", file=sys.stderr)

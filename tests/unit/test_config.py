@@ -32,7 +32,7 @@ from flux_ft.errors import ConfigError, InputError
 from flux_ft.runfile import ALIASES, MOST_TOLD, LoadedRun, dump_run, load_run, suggestion
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(CONFIGS.rglob("*.yaml"))
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
