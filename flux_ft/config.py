@@ -488,7 +488,7 @@ def _impossible_memory(config: RunConfig) -> Iterator[Contradiction]:
         key = "memory.fused_backward" if memory.fused_backward else "memory.stream_blocks"
         yield Contradiction(
             ("optim.spike_factor", key),
-            f"`optim.spike_factor` leaves steps out once all gradients are known, but `{key}` has moved weights by then",
+            f"`optim.spike_factor` leaves a step out once all gradients are known; `{key}` has moved weights by then",
             f"leave one of the two out; without `{key}` the gradients of all weights stay in memory",
         )
     if memory.stream_blocks and memory.recompute in ("none", "selective"):

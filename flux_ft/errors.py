@@ -6,7 +6,8 @@
     │   ├── DataError              the pictures or captions
     │   ├── ModelError             a model name, folder or checkpoint
     │   └── AdapterError           a LoRA file
-    ├── NonFiniteError         loss or gradient is not a number; nothing of that step is saved
+    ├── NumbersError           training has come to nothing
+    │   └── NonFiniteError         loss or gradient is not a number; nothing of that step is saved
     ├── StorageError           the disk is full or cannot be written
     └── StoppedByUser          exit code 130: interrupted, everything reported as saved is saved
 
@@ -69,7 +70,11 @@ class AdapterError(InputError):
     """A LoRA file is wrong, or does not fit the model."""
 
 
-class NonFiniteError(FluxFTError):
+class NumbersError(FluxFTError):
+    """Training has come to nothing: nothing moves, or everything jumps."""
+
+
+class NonFiniteError(NumbersError):
     """Loss or gradient is not a number; nothing of that step is saved."""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from flux_ft.errors import StorageError
 
@@ -75,3 +78,44 @@ def require_writable(folder: Path, setting: str) -> None:
             f"`{setting}: {folder}` cannot be written: {error.strerror or error}",
             hint="choose a folder that can be written",
         ) from error
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file (or, where the system allows it, a folder's entries) has reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """JSON that tells whether it is whole: its last key, `digest`, is the SHA-256 of all before it."""
+    digest = hashlib.sha256(_json(body)).hexdigest()
+    return _json({**body, "digest": digest})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """What was sealed. Raises ValueError unless every byte is as `seal` wrote it."""
+    try:
+        body = json.loads(data)
+        digest = body.pop("digest")
+        whole = seal(body) == data
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("not sealed JSON") from error
+    if not whole:
+        raise ValueError(f"altered since it was sealed with {digest}")
+    found: dict[str, Any] = body
+    return found
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, indent=1).encode()

@@ -9,15 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flux_ft.errors import StorageError
 from flux_ft.files import write_whole
 
 PLAIN_LINE_EVERY_S = 1.0
@@ -103,34 +102,44 @@ class Bar:
 
 
 class MetricsFile:
-    """Appends one JSON object a line; after a resume, lines past `step` are dropped first so none is told twice."""
+    """Appends one JSON object a line; after a resume, lines past `step` are dropped first so none is told twice.
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = [line for line in _lines(path) if 0 <= _step_of(line) <= resume_step] if resume_step else []
-        write_whole(path, "".join(kept).encode())
-        self._path = path
-        self._file: IO[str] = path.open("a", buffering=1, encoding="utf-8")
+    What a full disk does not take is kept and written with a later line: training does not end for its diary.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0, keep: Callable[[dict[str, Any]], bool] = bool) -> None:
+        """`keep` may drop more of the earlier rows."""
+        kept = [line for line, row in metrics_rows(path) if 0 <= row["step"] <= resume_step and keep(row)]
+        write_whole(path, "".join(kept if resume_step else []).encode())
+        self._path, self._pending = path, b""
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add one row. Raises StorageError."""
-        try:
-            self._file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise StorageError(f"cannot write `{self._path}`: {error.strerror}", hint="free space there") from error
+        """Add one row."""
+        was_stuck = bool(self._pending)
+        self._pending += json.dumps(row).encode() + b"\n"
+        self._flush(tell=not was_stuck)
 
     def close(self) -> None:
+        self._flush(tell=False)
+        if self._pending:
+            warn(f"the last {self._pending.count(10)} lines of `{self._path}` could not be written")
         self._file.close()
 
+    def _flush(self, tell: bool) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if tell:
+                warn(f"cannot write `{self._path}`: {error.strerror or error}; its lines are kept until there is space")
 
-def _lines(path: Path) -> Iterable[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if line.endswith("\n")]
 
-
-def _step_of(line: str) -> int:
-    """-1 for a line that a crash of the machine has spoilt."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return -1
+def metrics_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with what it says; one that a crash of the machine has spoilt is left out."""
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            if line.endswith("\n"):
+                yield line, row

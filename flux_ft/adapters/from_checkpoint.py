@@ -3,7 +3,7 @@
     checkpoints/step-000100/  weights.safetensors  `<path>.lora_A.trained.weight`, `<path>.lora_B.trained.weight`
                               optimizer.pt         with `optim.ema_decay` the averaged factors, which are what a run
                                                    exports
-                              manifest.json        sizes and SHA-256 of both, the settings they were made with
+                              manifest.json        sizes and SHA-256 of both, the settings they were made with, sealed
 
 Strength is alpha / rank, and alpha is in the settings: `lora.alpha`, or the rank where that is null.
 
@@ -13,7 +13,6 @@ Shapes in names: R rank, O out features, I in features.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from flux_ft.adapters.formats import read_adapter
 from flux_ft.adapters.safe_file import open_safely
 from flux_ft.errors import AdapterError, ModelError
 from flux_ft.families.registry import find_variant
+from flux_ft.files import unseal
 from flux_ft.types import AdapterState, LoraLayer
 
 MANIFEST, WEIGHTS, OPTIMIZER = "manifest.json", "weights.safetensors", "optimizer.pt"
@@ -76,7 +76,7 @@ def _layer(folder: Path, path: str, pair: Mapping[str, Tensor], alpha: Any) -> L
 def _manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings by dotted key, and what is known of the files."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = unseal((folder / MANIFEST).read_bytes())
         settings, files = dict(manifest["fingerprint"]), dict(manifest["files"])
         if not isinstance(settings.get("lora.alpha"), (int, float, type(None))):
             raise ValueError("`lora.alpha` is no number")

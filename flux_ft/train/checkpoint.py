@@ -1,17 +1,19 @@
 """Checkpoints: all that is needed to go on, written whole or not at all.
 
-A checkpoint is a folder `step-000100` with the trained weights, the optimizer's state and, written last, a manifest of
-sizes and SHA-256. It is made under another name and renamed; older ones go only after the new one is in place.
+A checkpoint is a folder `step-000100`. It is made under another name; its files are written and fsynced, then a sealed
+manifest of their sizes and SHA-256; then the folder is renamed and its parent fsynced; and only then do older ones go.
+
+    weights.safetensors  optimizer.pt      of one process, or of several that hold all weights each
+    __0_0.distcp  …  .metadata             of several that hold a shard each (torch.distributed.checkpoint)
+    manifest.json                          step, settings, circumstances, drift, files, digest
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +21,106 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flux_ft.errors import ConfigError, StorageError
+from flux_ft.errors import StorageError
+from flux_ft.files import describe, seal, sync, unseal
 
 MANIFEST = "manifest.json"
-FILES = {"weights.safetensors", "optimizer.pt"}
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
+SHARDED = ".metadata"
+"""The file that every sharded checkpoint has; it tells which shard lies where."""
+SPARE_BYTES = 50_000_000
+"""That a write leaves free, for what else the run writes."""
+_HASHING_THREADS = 8
+_TORCH_WRITES = ("PytorchStreamWriter", "inline_container")
+"""What torch's RuntimeErrors name when a disk is full."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A run's state after `step` optimizer steps."""
+class About:
+    """What a manifest says besides the files."""
 
     step: int
+    fingerprint: dict[str, Any]
+    """Settings and data that the numbers follow from, by dotted key."""
+    circumstances: dict[str, Any] = field(default_factory=dict)
+    """Machine, software and processes, which decide about the last bits."""
+    drift: list[str] = field(default_factory=list)
+    """What was changed on the way, with leave."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's numbers, in host memory."""
+
     weights: dict[str, torch.Tensor]
     """What is trained, by name: a LoRA's factors, or weights of the model itself."""
     optimizer: dict[str, Any]
     """The optimizer's state, and whatever else goes with the weights."""
-    fingerprint: dict[str, Any]
-    """What must be the same for the run to go on: settings by dotted key, the data's digest."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for tensor in _tensors([self.weights, self.optimizer]))
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+@dataclass(frozen=True)
+class Saved:
+    """A whole checkpoint on disk."""
+
+    path: Path
+    about: About
+
+    @property
+    def is_sharded(self) -> bool:
+        return (self.path / SHARDED).is_file()
+
+    def read(self) -> State:
+        """All of it, of a checkpoint that is not sharded."""
+        return State(
+            weights=load_file(self.path / WEIGHTS),
+            optimizer=torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True),
+        )
+
+
+def save(folder: Path, about: About, state: State, keep: int) -> Path:
     """Write `folder/step-…` and remove all but the newest `keep`. Raises StorageError; older ones then stay."""
-    target = folder / f"step-{checkpoint.step:06d}"
+
+    def write(staging: Path) -> None:
+        save_file(state.weights, staging / WEIGHTS)
+        torch.save(state.optimizer, staging / OPTIMIZER)
+
+    return commit(folder, about, write, keep, state.nbytes)
+
+
+def commit(folder: Path, about: About, write: Callable[[Path], None], keep: int, need_bytes: int = 0) -> Path:
+    """Make the checkpoint of the files that `write` puts into the folder it is given; see `save`."""
+    target = folder / f"step-{about.step:06d}"
     staging = target.with_name(target.name + ".partial")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        for stray in folder.glob("step-*.partial"):  # a kill left it
+            shutil.rmtree(stray, ignore_errors=True)
         staging.mkdir(parents=True)
-        save_file(checkpoint.weights, staging / "weights.safetensors")
-        torch.save(checkpoint.optimizer, staging / "optimizer.pt")
-        files = {path.name: _describe(path) for path in sorted(staging.iterdir())}
-        manifest = {"step": checkpoint.step, "fingerprint": checkpoint.fingerprint, "files": files}
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in staging.iterdir():
-            _sync(path)
+        free = shutil.disk_usage(staging).free
+        if free < need_bytes + SPARE_BYTES:
+            raise OSError(f"it takes {need_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
+        write(staging)
+        files = sorted(staging.iterdir())
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            described = dict(zip((path.name for path in files), pool.map(_settle, files), strict=True))
+        manifest = staging / MANIFEST
+        manifest.write_bytes(seal({**asdict(about), "files": described}))
+        sync(manifest)
+        sync(staging)
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
-        _sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
+        sync(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITES):
+            raise
         raise StorageError(
             f"{target}: the checkpoint could not be written: {error}",
-            hint="free some disk space and run again with --resume; earlier checkpoints are untouched",
+            hint="free some disk space; earlier checkpoints are untouched, and --resume goes on from the newest",
         ) from error
     steps = sorted(folder.glob("step-??????"))
     # What lies after this step was passed over as torn, or this step would not have been reached again.
@@ -68,68 +129,59 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return target
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest(folder: Path) -> tuple[Saved | None, list[str]]:
     """The newest whole checkpoint in `folder`, or None; and a sentence about each that was passed over as torn."""
     passed_over: list[str] = []
     for path in sorted(folder.glob("step-??????"), reverse=True):
-        fault = find_fault(path)
-        if fault is None:
-            return _read(path), passed_over
-        passed_over.append(f"{path.name} is not whole ({fault}), so it is not used")
+        try:
+            return Saved(path, _verified(path)), passed_over
+        except ValueError as fault:
+            passed_over.append(f"{path.name} is not whole ({fault}), so it is not used")
     return None, passed_over
 
 
 def find_fault(path: Path) -> str | None:
-    """Why the checkpoint at `path` cannot be trusted, or None when every file is as its manifest says."""
+    """Why the checkpoint at `path` cannot be trusted, or None when every byte is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        described = dict(manifest["files"])
-        is_ours = f"step-{manifest['step']:06d}" == path.name and isinstance(manifest["fingerprint"], dict)
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is missing or unreadable"
-    if not is_ours or described.keys() != FILES:
-        return f"{MANIFEST} is not this checkpoint's"
-    for name in sorted(FILES):
-        try:
-            if _describe(path / name) != described[name]:
-                return f"{name} was altered"
-        except OSError as error:
-            return f"{name} is missing or unreadable: {error.strerror}"
+        _verified(path)
+    except ValueError as fault:
+        return str(fault)
     return None
 
 
-def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError naming every key whose value differs between the checkpoint and this run."""
-    changed = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-    if changed:
-        lines = "; ".join(f"`{key}` was {saved.get(key)!r}, is now {now.get(key)!r}" for key in changed)
-        raise ConfigError(
-            f"the run cannot go on from its checkpoint, because something changed: {lines}",
-            hint="put it back as it was, or start a new run with another `output`",
-        )
-
-
-def _read(path: Path) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    return Checkpoint(
-        step=manifest["step"],
-        weights=load_file(path / "weights.safetensors"),
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        fingerprint=manifest["fingerprint"],
-    )
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file (or, where the system allows it, a folder's entries) has reached the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+def _verified(path: Path) -> About:
+    """What the manifest says. Raises ValueError unless it is whole and every file is as it says."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        manifest = unseal((path / MANIFEST).read_bytes())
+        described = dict(manifest.pop("files"))
+        about = About(**manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} is missing or unreadable") from error
+    if f"step-{about.step:06d}" != path.name or not (described.keys() >= {WEIGHTS, OPTIMIZER} or SHARDED in described):
+        raise ValueError(f"{MANIFEST} is not this checkpoint's")
+
+    def fault(name: str) -> str | None:
+        try:
+            return None if describe(path / name) == described[name] else f"{name} was altered"
+        except OSError as error:
+            return f"{name} is missing or unreadable: {error.strerror}"
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for found in pool.map(fault, sorted(described)):
+            if found:
+                raise ValueError(found)
+    return about
+
+
+def _settle(path: Path) -> dict[str, Any]:
+    """Bring a file to the disk and describe it."""
+    sync(path)
+    return describe(path)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """All tensors in nested dictionaries and lists."""
+    if torch.is_tensor(tree):
+        return [tree]
+    inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
+    return [tensor for one in inner for tensor in _tensors(one)]

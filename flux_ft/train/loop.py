@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,16 +22,32 @@ from torch import Tensor
 from flux_ft import flow, log
 from flux_ft.adapters import lora
 from flux_ft.config import RunConfig
-from flux_ft.data.loader import BatchPlan, collate, draw_text, resampled
-from flux_ft.errors import NonFiniteError
+from flux_ft.data.loader import BatchPlan, collate, draw_text, made_ahead, on_device, pinned, resampled
+from flux_ft.data.share import ALONE, Share
+from flux_ft.errors import NonFiniteError, NumbersError, some_of
 from flux_ft.families.base import Family
 from flux_ft.train.optim import rate_factor
-from flux_ft.train.setup import TrainData, TrainState
+from flux_ft.train.setup import TrainData, TrainState, share_of
 from flux_ft.types import Batch, CachedExample, TextCond
 
 TRAIN_GUIDANCE = 1.0
 """Guidance-embedded models learn at guidance 1, the value that stands for "no guidance" in their distillation."""
 VALIDATION_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+NORMS_KEPT = 50
+"""Steps whose gradients a spike is told by."""
+NORMS_NEEDED = 20
+"""Steps before any is taken for a spike: the first ones differ much."""
+SPIKES_AT_MOST = 5
+"""In a row; then they are no spikes but how things are."""
+
+
+class Wish(IntEnum):
+    """What is wanted between two steps; of several processes' wishes the strongest holds for all."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+    """After saving."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,8 @@ class StepResult:
     """How far the model has moved on the prior prompts; None without any."""
     seconds: float
     examples: int
+    left_out: bool = False
+    """A spike, so no weight was moved."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,7 @@ class Acts:
     validate: Callable[[int], None]
     preview: Callable[[int], None]
     save: Callable[[int], None]
-    should_stop: Callable[[], bool]
+    wish: Callable[[], Wish]
 
 
 def train_steps(
@@ -72,33 +93,42 @@ def train_steps(
     world = state.accelerator.num_processes
     global_batch = config.optim.batch_size * config.optim.accumulate * world
     plan = BatchPlan([row.bucket for row in data.examples.rows], global_batch, config.iterations, config.seed)
-    if state.step == 0:
-        acts.preview(0)
-        acts.validate(0)
-    while state.step < config.iterations:
-        indices = plan.indices(state.step)
-        result = training_step(state, family, config, data.examples, indices, prior, data.blank)
-        state.step += 1
-        done = state.step == config.iterations
-        acts.log(result)
-        stop = not done and any_process(state.accelerator, acts.should_stop())
-        # Saved before anything that takes long: who stops a run may not wait for its pictures.
-        if stop or (config.checkpoint.every is not None and (done or due(state.step, config.checkpoint.every))):
-            acts.save(state.step)
-        if done or due(state.step, config.validation.every):
-            acts.validate(state.step)
-        if done or due(state.step, config.preview.every):
-            acts.preview(state.step)
-        if stop:
-            return False
+    # At the first step, and at the step of a checkpoint after which the run was killed.
+    if state.step == 0 or due(state.step, config.preview.every):
+        acts.preview(state.step)
+    if state.step == 0 or due(state.step, config.validation.every):
+        acts.validate(state.step)
+    share = share_of(state.accelerator)
+
+    def make(step: int) -> list[Batch]:
+        batches = step_batches(config, data.examples, plan.indices(step), step, share, data.blank)
+        return [pinned(batch) for batch in batches] if state.accelerator.device.type == "cuda" else batches
+
+    with closing(made_ahead(make, range(state.step, config.iterations), config.data.workers)) as batches:
+        while state.step < config.iterations:
+            result = training_step(state, family, config, batches, prior)
+            state.step += 1
+            done = state.step == config.iterations
+            acts.log(result)
+            wish = Wish.GO_ON if done else strongest(state.accelerator, acts.wish())
+            every = config.checkpoint.every
+            # Saved before anything that takes long: who stops a run may not wait for its pictures.
+            if wish >= Wish.SAVE or (every is not None and (done or due(state.step, every))):
+                acts.save(state.step)
+            if done or due(state.step, config.validation.every):
+                acts.validate(state.step)
+            if done or due(state.step, config.preview.every):
+                acts.preview(state.step)
+            if wish is Wish.STOP:
+                return False
     return True
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process raised the flag, so that all of them stop at the same step."""
+def strongest(accelerator: Accelerator, wish: Wish) -> Wish:
+    """The strongest wish of any process, so that all of them save or stop at the same step."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+        return wish
+    return Wish(int(accelerator.gather(torch.tensor([int(wish)], device=accelerator.device)).max()))
 
 
 def due(step: int, every: int | None) -> bool:
@@ -110,14 +140,12 @@ def training_step(
     state: TrainState,
     family: Family,
     config: RunConfig,
-    examples: Sequence[CachedExample],
-    indices: Sequence[int],
+    batches: Iterator[Sequence[Batch]],
     prior: Sequence[CachedExample] = (),
-    blank: TextCond | None = None,
 ) -> StepResult:
-    """One optimizer step on the global batch `indices`, of which this process takes its share.
+    """One optimizer step on the next of `batches`: this process's share of a global batch, a batch a micro-step.
 
-    `blank` is the encoding of the empty caption, for caption dropout.
+    Waiting for it is part of the step's time.
     """
     started = time.perf_counter()
     accelerator = state.accelerator
@@ -129,15 +157,13 @@ def training_step(
     drifts: list[Tensor] = []
     sigmas: list[Tensor] = []
     names: list[str] = []
-    norm = math.nan
-    choose = partial(draw_text, seed=config.seed, step=state.step, dropout=config.data.caption_dropout, blank=blank)
-    for slots in own_slots(config, accelerator.num_processes, accelerator.process_index):
-        batch = collate(examples, [indices[slot] for slot in slots], slots, choose)
+    norm, left_out = math.nan, False
+    for batch in next(batches):
         with accelerator.accumulate(state.denoiser):
             loss_B, sigma_B = batch_loss(state, family, config, batch)
             total = loss_B.mean()
             if prior:
-                drift = prior_drift(state, family, config, prior, slots).mean()
+                drift = prior_drift(state, family, config, prior, batch.slots).mean()
                 total = total + config.prior.weight * drift
                 drifts.append(drift.detach())
             losses.append(loss_B.detach())
@@ -149,7 +175,8 @@ def training_step(
             if accelerator.sync_gradients:
                 norm = gradient_norm(state, config.optim.max_grad_norm or math.inf)
                 refuse_non_finite(torch.cat(losses), norm, names, state.step)
-                state.updates.finish()
+                left_out = is_spike(state, config.optim.spike_factor, norm, names)
+                state.updates.finish(move=not left_out)
     if state.average is not None and state.average.due(state.step + 1):
         state.settle()
         state.average.update(state.step + 1, state.updates.precise)
@@ -162,7 +189,8 @@ def training_step(
         sigma=float(torch.cat(sigmas).mean()),
         prior_loss=float(torch.stack(drifts).mean()) if drifts else None,
         seconds=time.perf_counter() - started,
-        examples=len(indices),
+        examples=len(names) * accelerator.num_processes,
+        left_out=left_out,
     )
 
 
@@ -171,6 +199,48 @@ def gradient_norm(state: TrainState, limit: float) -> float:
     if state.updates.fused_backward:
         return float(state.updates.norm())
     return float(state.accelerator.clip_grad_norm_(list(state.trained.values()), limit))
+
+
+def is_spike(state: TrainState, factor: float | None, norm: float, names: Sequence[str]) -> bool:
+    """Whether a gradient is `factor` times longer than the median of the last steps', which is said and remembered.
+
+    Raises NumbersError when that has happened too often in a row.
+    """
+    if factor is None:
+        return False
+    usual = median(state.norms) if len(state.norms) >= NORMS_NEEDED else math.inf
+    if norm <= factor * usual:
+        state.norms, state.spikes = [*state.norms, norm][-NORMS_KEPT:], 0
+        return False
+    state.spikes += 1
+    told = f"step {state.step + 1} is left out: its gradient's norm is {norm:.3g}, the usual one {usual:.3g}"
+    which = f"Pictures: {some_of(list(dict.fromkeys(names)))}"
+    if state.spikes > SPIKES_AT_MOST:
+        raise NumbersError(
+            f"{told}, and so were the {SPIKES_AT_MOST} before it. {which}",
+            hint="lower `learning_rate` or raise `optim.spike_factor`, and start a new run with another `output`",
+        )
+    log.warn(f"{told}. {which}")
+    return True
+
+
+def step_batches(
+    config: RunConfig,
+    examples: Sequence[CachedExample],
+    indices: Sequence[int],
+    step: int,
+    share: Share = ALONE,
+    blank: TextCond | None = None,
+) -> list[Batch]:
+    """This process's share of the global batch `indices`, a batch a micro-step; keyed by step and slot alone.
+
+    `blank` is the encoding of the empty caption, for caption dropout.
+    """
+    choose = partial(draw_text, seed=config.seed, step=step, dropout=config.data.caption_dropout, blank=blank)
+    return [
+        resampled(collate(examples, [indices[slot] for slot in slots], slots, choose), config.seed, step)
+        for slots in own_slots(config, share.count, share.index)
+    ]
 
 
 def own_slots(config: RunConfig, world: int, rank: int) -> Iterator[tuple[int, ...]]:
@@ -182,8 +252,8 @@ def own_slots(config: RunConfig, world: int, rank: int) -> Iterator[tuple[int, .
 
 
 def batch_loss(state: TrainState, family: Family, config: RunConfig, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Weighted loss and sigma of each example (B,), with noise and latents keyed by (seed, step, slot)."""
-    batch = resampled(batch, config.seed, state.step)
+    """Weighted loss and sigma of each example (B,), with noise keyed by (seed, step, slot)."""
+    batch = on_device(batch, state.accelerator.device)
     noise_BCHW, sigma_B = keyed_draws(state, family, config, batch, state.step)
     if config.lora.dropout:
         # Dropout takes its draws from the global state: tie that to the step as well.
@@ -298,19 +368,25 @@ def validation_loss(
 ) -> dict[str, float]:
     """Mean loss on held-out examples at fixed sigmas and fixed noise: "validation_loss" and one value a sigma.
 
-    On the means of the latents and on captions as written; the noise is keyed by the pictures' digests.
+    On the means of the latents and on captions as written; the noise is keyed by the pictures' digests. Every process
+    measures its share and gets the whole result.
     """
     was_training = state.denoiser.training
     state.denoiser.eval()
-    per_sigma: dict[float, list[float]] = {sigma: [] for sigma in VALIDATION_SIGMAS}
-    for example in examples:
+    share = share_of(state.accelerator)
+    own: list[Tensor] = []
+    for index, _ in share.turns(len(examples)):
+        example = examples[index]
         batch = collate([example], [0], [0])
         generator = flow.keyed_generator(config.seed, "validation", example.digest)
         noise = flow.draw_noise(tuple(batch.mean_BCHW.shape), generator).to(state.accelerator.device)
-        for sigma in VALIDATION_SIGMAS:
-            sigma_B = torch.full((1,), sigma, device=noise.device)
-            per_sigma[sigma].append(float(flow_loss(state, family, batch, noise, sigma_B)))
+        sigmas = (torch.full((1,), sigma, device=noise.device) for sigma in VALIDATION_SIGMAS)
+        own.append(torch.cat([flow_loss(state, family, batch, noise, sigma_B) for sigma_B in sigmas]))
     state.denoiser.train(was_training)
-    means = {sigma: sum(values) / len(values) for sigma, values in per_sigma.items()}
+    # A row of sigmas for each turn, first all of one process; put back into the pictures' order, so that the sum is
+    # the same for any number of processes.
+    every = state.accelerator.gather(torch.stack(own)).unflatten(0, (share.count, -1)).transpose(0, 1).flatten(0, 1)
+    columns = zip(*every[: len(examples)].tolist(), strict=True)
+    means = {sigma: sum(values) / len(values) for sigma, values in zip(VALIDATION_SIGMAS, columns, strict=True)}
     row: dict[str, Any] = {"validation_loss": sum(means.values()) / len(means)}
     return row | {f"validation_loss_sigma_{sigma}": value for sigma, value in means.items()}

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.optimization import Adafactor
 
 from flux_ft.config import OptimConfig
+from flux_ft.errors import ConfigError
 from flux_ft.flow import key_seed
 
 # --- Optimizers. One more is one more row. ---
@@ -56,24 +58,52 @@ class Row:
     """Of its state, for each weight."""
     requires: str | None = None
     """A package that has to be installed."""
+    takes_rows: bool = True
+    """Whether it moves some rows of a matrix as it would among all of them."""
 
 
 OPTIMIZERS = {
     "adamw": Row(_adamw, 8),
     "adamw8bit": Row(_adamw8bit, 2.04, "bitsandbytes"),
     "paged-adamw8bit": Row(partial(_adamw8bit, paged=True), 2.04, "bitsandbytes"),
-    "adafactor": Row(_adafactor, 0.01),
+    "adafactor": Row(_adafactor, 0.01, takes_rows=False),
 }
 LARGE_PARAMETERS = 1_000_000_000
 """From this size on, a model's activations are recomputed, and AdamW's state, four times the weights, is too much for
 a card."""
 
 
-def resolve_optimizer(name: str, trained: int) -> str:
-    """`auto` is AdamW, but Adafactor where so many weights are trained that AdamW's state would not fit a card."""
-    if name != "auto":
-        return name
-    return "adafactor" if trained >= LARGE_PARAMETERS else "adamw"
+def resolve_optimizer(name: str, trained: int, shards: int = 1) -> str:
+    """`auto` is AdamW, but Adafactor where so many weights are trained that AdamW's state would not fit a card.
+
+    Cut into shards it fits. Raises ConfigError for an optimizer that needs whole matrices where there are shards.
+    """
+    if name == "auto":
+        return "adafactor" if trained >= LARGE_PARAMETERS and shards == 1 else "adamw"
+    if shards > 1 and not OPTIMIZERS[name].takes_rows:
+        raise ConfigError(
+            f"`optim.name: {name}` factorises whole matrices, and each of these {shards} processes holds some rows "
+            "of each",
+            hint="set `optim.name` to adamw or adamw8bit, or start the run in one process",
+        )
+    return name
+
+
+# --- Shards. A full fine-tune over several processes gives each some rows of every weight (torch's DTensor). ---
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, without history and sharing its memory: all of it, or its rows."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def place_of(tensor: Tensor) -> tuple[int, ...]:
+    """Which part `own_part` is: nothing for a whole tensor, else the shard's number. Replicas share it."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    along = zip(tensor.device_mesh.get_coordinate() or (), tensor.placements, strict=True)
+    return tuple(number for number, placement in along if placement.is_shard())
 
 
 # --- Rounding. ---
@@ -144,6 +174,8 @@ class Updates:
     one is widened at once, and `fused_backward`, which moves each as soon as the backward pass has its gradient and
     drops that, so that the gradients of the whole model never exist. There the norm of all of them is not known in
     time, and `max_norm` holds for each parameter's own.
+
+    Of sharded parameters it moves this process's rows, by the rows' gradients.
     """
 
     def __init__(
@@ -162,11 +194,13 @@ class Updates:
         self._trained, self._seed, self._max_norm = dict(trained), seed, max_norm
         self.fused_backward = fused_backward
         self._rounding = ROUNDINGS[rounding]
+        self._moved = {name: nn.Parameter(own_part(p)) if isinstance(p, DTensor) else p for name, p in trained.items()}
         narrow = {name for name, parameter in trained.items() if parameter.dtype is torch.bfloat16}
-        alone = fused_backward or bool(narrow)
-        groups = [[name] for name in trained] if alone else [list(trained)]
-        self._optimizers = {group[0]: make([trained[name] for name in group]) for group in groups}
-        self._extra = {name: self._rounding.extra(trained[name].data) for name in trained if name in narrow}
+        self._alone = fused_backward or bool(narrow)
+        held = [name for name, parameter in self._moved.items() if parameter.numel()]  # a short weight has few rows
+        groups = [[name] for name in held] if self._alone else [held] if held else []
+        self._optimizers = {group[0]: make([self._moved[name] for name in group]) for group in groups}
+        self._extra = {name: self._rounding.extra(self._moved[name].data) for name in trained if name in narrow}
         self._squares: list[Tensor] = []
         self._step = 0
         if fused_backward:
@@ -179,12 +213,16 @@ class Updates:
         for optimizer in self._optimizers.values():
             set_rate(optimizer, rate)
 
-    def finish(self) -> None:
-        """Move what has not been moved in the backward pass, and drop the gradients."""
-        if not self.fused_backward:
+    def finish(self, move: bool = True) -> None:
+        """Move what has not been moved in the backward pass, unless told not to, and drop the gradients."""
+        if move and not self.fused_backward:
+            for name, parameter in self._trained.items():
+                if self._moved[name] is not parameter:
+                    self._moved[name].data = own_part(parameter)  # torch may have laid the rows elsewhere since
+                    self._moved[name].grad = None if parameter.grad is None else own_part(parameter.grad)
             for name in self._optimizers:
                 self._move(name)
-        for parameter in self._trained.values():
+        for parameter in (*self._trained.values(), *self._moved.values()):
             parameter.grad = None
 
     def norm(self) -> Tensor:
@@ -196,10 +234,31 @@ class Updates:
         return self._extra.get(name) is not None
 
     def precise(self, name: str) -> Tensor:
-        """A trained weight as precisely as it is known."""
-        weight = self._trained[name].detach()
+        """A trained weight, or this process's rows of it, as precisely as it is known."""
+        weight = own_part(self._trained[name])
         extra = self._extra.get(name)
-        return weight if extra is None else self._rounding.widen(weight, extra)
+        return weight if extra is None else self._rounding.widen(weight, extra.to(weight.device))
+
+    def extra(self, name: str) -> Tensor | None:
+        """What is kept beside a weight between updates, itself, not a copy."""
+        return self._extra.get(name)
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """What the optimizer keeps of one weight, itself, not a copy: nothing before the first step or without rows."""
+        optimizer = self._optimizer_of(name)
+        return {} if optimizer is None else dict(optimizer.state.get(self._moved[name], {}))
+
+    def set_optimizer_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Take over what `optimizer_state` gave, for the same rows of the same weight."""
+        optimizer, parameter = self._optimizer_of(name), self._moved[name]
+        if optimizer is not None:
+            device = self._device or parameter.device
+            optimizer.state[parameter] = {key: v.to(device) if torch.is_tensor(v) else v for key, v in state.items()}
+
+    def _optimizer_of(self, name: str) -> torch.optim.Optimizer | None:
+        if not self._moved[name].numel():
+            return None
+        return self._optimizers[name] if self._alone else next(iter(self._optimizers.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers alone."""
@@ -210,7 +269,7 @@ class Updates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Raises KeyError when it is of other parameters."""
-        with _as_moved(self._trained.values(), self._device):
+        with _as_moved(self._moved.values(), self._device):
             for name, optimizer in self._optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][name])
         for name, extra in self._extra.items():
@@ -228,7 +287,7 @@ class Updates:
         parameter.grad = None
 
     def _move(self, name: str) -> None:
-        parameter, optimizer = self._trained[name], self._optimizers[name]
+        parameter, optimizer = self._moved[name], self._optimizers[name]
         if name not in self._extra:
             optimizer.step()
             return
@@ -245,7 +304,8 @@ class Updates:
         finally:
             parameter.grad = None
             parameter.data = weight
-        generator = torch.Generator(weight.device).manual_seed(key_seed(self._seed, "rounding", self._step, name))
+        seed = key_seed(self._seed, "rounding", self._step, name, *place_of(self._trained[name]))
+        generator = torch.Generator(weight.device).manual_seed(seed)
         self._rounding.narrow(wide, weight, extra, generator)
 
 
@@ -263,7 +323,7 @@ def _as_moved(parameters: Iterable[nn.Parameter], device: torch.device | None) -
 
 
 class Average:
-    """An exponential average of the trained weights, float32 in host memory.
+    """An exponential average of the trained weights, or of this process's rows of them, float32 in host memory.
 
     It begins at the first weights, and at first forgets faster, so that a short run is not held to them: the share kept
     is at most (1 + n) / (10 + n) after n steps (Polyak averaging as TensorFlow and diffusers warm it up).
@@ -272,7 +332,7 @@ class Average:
     def __init__(self, trained: Mapping[str, nn.Parameter], decay: float, every: int) -> None:
         self._decay, self._every = decay, every
         self.weights = {
-            name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in trained.items()
+            name: own_part(parameter).to("cpu", torch.float32, copy=True) for name, parameter in trained.items()
         }
 
     def due(self, step: int) -> bool:

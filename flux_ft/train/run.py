@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import json
-import shutil
-import signal
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from flux_ft import __version__, log
 from flux_ft.adapters import lora
 from flux_ft.adapters.formats import EXPORT_DTYPES, verify_written, write_adapter
 from flux_ft.adapters.metadata import ExportInfo, build_metadata
-from flux_ft.config import DataConfig, RunConfig
+from flux_ft.config import RunConfig
 from flux_ft.data.cache import verify_cache
 from flux_ft.data.folder import hidden_reason
 from flux_ft.data.report import write_report
@@ -30,39 +31,35 @@ from flux_ft.families.registry import open_family
 from flux_ft.files import require_writable, write_whole
 from flux_ft.infer.grid import data_url, save_png
 from flux_ft.infer.runner import release_memory
-from flux_ft.plan import check_run
+from flux_ft.plan import Checked, check_run
 from flux_ft.runfile import dump_run
-from flux_ft.train import checkpoint
+from flux_ft.train import checkpoint, determinism
 from flux_ft.train.captions import with_captions
 from flux_ft.train.card import ExtractionFacts, model_card, plot_losses
+from flux_ft.train.fingerprint import BASE, ENCODED, accept_drift, layout, run_fingerprint
 from flux_ft.train.full import extract_lora, prove_extraction, use_average
-from flux_ft.train.loop import Acts, StepResult, keep_base_velocity, train_steps, validation_loss
-from flux_ft.train.optim import OPTIMIZERS, ROUNDINGS
-from flux_ft.train.preview import preview_grid, write_previews
+from flux_ft.train.loop import Acts, StepResult, Wish, due, keep_base_velocity, train_steps, validation_loss
+from flux_ft.train.preview import has_previews, preview_grid, write_previews
+from flux_ft.train.resume import Keeper, decided_by_main, find_checkpoint, require_space, restore
+from flux_ft.train.saving import Saver
 from flux_ft.train.setup import (
     TrainData,
     TrainState,
-    data_digest,
     draw_prior,
-    fuses_backward,
     make_accelerator,
     prepare_data,
     prepare_model,
+    share_of,
 )
-from flux_ft.types import AdapterState, DatasetReport
+from flux_ft.train.sharded import gather
+from flux_ft.train.stops import TimeLimit, stop_requests
+from flux_ft.types import AdapterState
 
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
-DATA_IN_LOOP = {"unmasked_weight", "caption_dropout", "tag_orders", "resample_latents"}
-"""What of `data` acts in each step; all else acts on the pictures, whose digest tells it."""
-FREE_TO_CHANGE = {
-    *("output", "finetune_comment", "preview", "validation.every", "checkpoint", "export", "logging", "captioning"),
-    *("webhook_url", "webhook_secret", "captioner", "priority"),
-    *(f"memory.{name}" for name in ("recompute", "fused_backward", "stream_blocks")),
-    *(f"data.{name}" for name in DataConfig.model_fields if name not in DATA_IN_LOOP),
-    *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate"),
+TOLD = {
+    "strict": "so a run that is stopped and resumed ends with the bits of one that is not",
+    "fast": "so a resumed run has the same pictures and noise, and other last bits; `determinism: strict` has the same",
 }
-"""Settings that may change between a stop and a resume. What matters of the last row is told by `run_fingerprint`; the
-pictures may move, since their digest tells them."""
 
 
 @dataclass(frozen=True)
@@ -102,26 +99,56 @@ class TrainResult:
         }
 
 
-def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train RUN.yaml --resume") -> TrainResult:
+def train(
+    config: RunConfig,
+    resume: bool = False,
+    command: str = "flux-ft train RUN.yaml --resume",
+    *,
+    allow_drift: bool = False,
+    max_seconds: float = math.inf,
+) -> TrainResult:
     """Carry out the run. `command` is what a user types to go on after a stop.
 
-    Raises InputError before anything is written, NonFiniteError, StorageError, or StoppedByUser after saving.
+    `allow_drift` goes on from a checkpoint though settings, data or software have changed; `max_seconds` from now it
+    is saved and stopped. Raises InputError before anything is written, NumbersError, StorageError, or StoppedByUser
+    after saving.
     """
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    determinism.prepare_environment()
+    limit = TimeLimit(max_seconds)
     checked = check_run(config)
+    accelerator = make_accelerator(config, config.output_dir)
+    claim_folder(config.output_dir, resume)  # in every process: one that waited for a refused one would die of it
+    mode = determinism.resolve(config.determinism, accelerator.device.type)
+    with determinism.applied(mode, accelerator.device), only_run(config.output_dir, accelerator.is_main_process):
+        return _train(config, checked, accelerator, limit, mode, resume, allow_drift, command)
+
+
+def _train(
+    config: RunConfig,
+    checked: Checked,
+    accelerator: Accelerator,
+    limit: TimeLimit,
+    mode: determinism.Mode,
+    resume: bool,
+    allow_drift: bool,
+    command: str,
+) -> TrainResult:
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder = config.output_dir
     family = open_family(config.model, config.model_parts)
-    accelerator = make_accelerator(config, folder)
-    claim_folder(folder, resume)  # in every process: one that waited for a refused one would die of it
     if not resume:  # a run goes on with the captions that it began with
         with accelerator.main_process_first():
             checked = with_captions(config, checked, describes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
-    report = checked.report
-    fingerprint = run_fingerprint(config, report, accelerator.num_processes)
-    found: checkpoint.Checkpoint | None = None
+    report, world = checked.report, accelerator.num_processes
+    around = determinism.circumstances(accelerator.device, world, mode) | layout(config)
+    about = checkpoint.About(0, run_fingerprint(config, report, world), around)
+    found: checkpoint.Saved | None = None
     if resume:
-        found = find_checkpoint(folder, fingerprint, config)
+        found = decided_by_main(accelerator, lambda: find_checkpoint(folder, config))
+    accept = partial(accept_drift, None if found is None else found.about, strict=mode == "strict", allow=allow_drift)
+    about = accept(about)
+    log.say(f"determinism: {mode}, {TOLD[mode]}")
     if accelerator.is_main_process:
         write_whole(folder / "run.yaml", dump_run(config).encode())
         write_report(report, folder, config.trigger_word)
@@ -130,44 +157,95 @@ def train(config: RunConfig, resume: bool = False, command: str = "flux-ft train
     data = prepare_data(config, report, family, accelerator, folder / "cache")
     release_memory()
     state = prepare_model(config, family, accelerator)
+    about = decided_by_main(
+        accelerator, lambda: accept(about, late={BASE: state.base_digest, ENCODED: data.examples.digest()})
+    )
     require_space(folder, state, config)
     prior = draw_prior(config, family, data, state)
-    keep_base_velocity(state, family, config, prior, found.step if found else 0)
+    keep_base_velocity(state, family, config, prior, about.step)
     if found is not None:
         restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
     if config.logging.trackers:
         accelerator.init_trackers("flux_ft", init_kwargs={"wandb": {"name": config.slug, "dir": str(folder)}})
-    with stop_requests() as should_stop, Recorder(folder, state, config) as recorder:
+    saver = Saver(Keeper(state, config, about).job)
+    with stop_requests() as should_stop, saver, Recorder(folder, state, config) as recorder:
+
+        def wish() -> Wish:
+            again = saver.is_due_again()
+            limit.note_save(saver.longest_s)
+            if limit.is_up() or should_stop():
+                return Wish.STOP
+            return Wish.SAVE if again else Wish.GO_ON
+
         acts = Acts(
             log=recorder.step,
             validate=lambda step: _validate(state, family, config, data, recorder, step),
-            preview=lambda step: _preview(state, family, data, preview_vae, folder, step),
-            save=lambda step: _save(state, config, folder, step, fingerprint),
-            should_stop=should_stop,
+            preview=lambda step: _preview(state, family, data, preview_vae, folder, step, is_new=step > about.step),
+            save=saver.save,
+            wish=wish,
         )
         finished = train_steps(state, family, config, data, prior, acts)
+        if finished and config.checkpoint.every is not None:
+            try:
+                saver.finish(state.step)
+            except StorageError as error:
+                log.warn(f"{error.message}. The run is at its end, so its files are written all the same")
+        elif not finished:
+            saver.finish(state.step)
+    accelerator.wait_for_everyone()  # a launcher may end the others once the first process has gone
     if not finished:
         accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
-    accelerator.wait_for_everyone()
+    return _finish(config, family, data, state, preview_vae, recorder.seconds, started)
+
+
+def _finish(
+    config: RunConfig,
+    family: Family,
+    data: TrainData,
+    state: TrainState,
+    preview_vae: torch.nn.Module | None,
+    train_seconds: float,
+    started: str,
+) -> TrainResult:
+    """Export, prove, tell."""
+    accelerator, folder = state.accelerator, config.output_dir
     loras, worst, extraction = dict[str, Path](), 0.0, None
-    if accelerator.is_main_process:
-        use_average(state)
+    whole = gather(state, family, config) if state.shards > 1 else state
+    if whole is not None and accelerator.is_main_process:
+        use_average(whole)
         if config.finetune_type == "lora":
-            loras, worst = export(state, config, family, data, lora.read_trained(state.bare), started)
+            loras, worst = export(whole, config, family, data, lora.read_trained(whole.bare), started)
         else:
-            adapter, about = extract_lora(state, config)
-            loras, worst = export(state, config, family, data, adapter, started)
-            extraction = prove_extraction(state, config, family, data, preview_vae, about, loras)
+            adapter, about = extract_lora(whole, config)
+            loras, worst = export(whole, config, family, data, adapter, started)
+            extraction = prove_extraction(whole, config, family, data, preview_vae, about, loras)
     rows = read_metrics(folder)
     tail = [row["loss"] for row in rows if "loss" in row]
     tail = tail[-max(1, len(tail) // 10) :]
-    result = TrainResult(folder, loras, worst, recorder.seconds, state.step, sum(tail) / max(1, len(tail)), extraction)
+    result = TrainResult(folder, loras, worst, train_seconds, state.step, sum(tail) / max(1, len(tail)), extraction)
     if accelerator.is_main_process:
         finish_folder(config, family, data, result, rows, state.optimizer)
     accelerator.end_training()
     return result
+
+
+@contextmanager
+def only_run(folder: Path, is_main: bool) -> Iterator[None]:
+    """Keeps other runs out of the run folder. Raises ConfigError when one is at work in it."""
+    lock = FileLock(folder / ".lock")
+    if is_main:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"`output: {folder}` is in use: another process trains in it", hint="wait for it, or end it"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -258,146 +336,23 @@ def only_the_cache(folder: Path) -> bool:
     return not steps_done and {path.name for path in previews.glob("*")} <= {"step-000000"}
 
 
-def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
-    """Raise StorageError unless checkpoints, exports and pictures will fit; say the need where it is not small."""
-    one, exports = checkpoint_bytes(state, config), export_bytes(state, config)
-    saved = 0 if config.checkpoint.every is None else one * (config.checkpoint.keep + 1)
-    need = saved + exports + 20_000_000
-    free = shutil.disk_usage(folder).free
-    told = (
-        f"{need / 1e9:.2f} GB, of which checkpoints {saved / 1e9:.2f} GB ({config.checkpoint.keep} kept, one more "
-        f"being written) and exported files {exports / 1e9:.2f} GB"
-    )
-    if free < need:
-        raise StorageError(
-            f"{folder}: {free / 1e9:.2f} GB are free, this run needs about {told}",
-            hint="free some disk space, choose another `output`, or lower `checkpoint.keep`"
-            + (", or set `export.keep_full: false`" if config.export.keep_full else ""),
-        )
-    if config.finetune_type == "full":
-        log.say(f"disk: this run needs about {told}; {free / 1e9:.2f} GB are free")
-
-
-def checkpoint_bytes(state: TrainState, config: RunConfig) -> float:
-    """About the size of one checkpoint."""
-    count = sum(parameter.numel() for parameter in state.trained.values())
-    stored = sum(parameter.nbytes for parameter in state.trained.values())
-    narrow = sum(parameter.numel() for parameter in state.trained.values() if parameter.dtype is torch.bfloat16)
-    averaged = 0 if state.average is None else 4 * count
-    return (
-        stored + count * OPTIMIZERS[state.optimizer].state_bytes + narrow * ROUNDINGS[config.full.rounding].extra_bytes
-        + averaged
-    )  # fmt: skip
-
-
-def export_bytes(state: TrainState, config: RunConfig) -> float:
-    """About the size of all files that are exported."""
-    itemsize = EXPORT_DTYPES[config.export.dtype].itemsize
-    if config.finetune_type == "lora":
-        count = sum(parameter.numel() for parameter in state.trained.values())
-        return count * itemsize * 2.6  # both files; fused block-diagonally, the kohya file holds 1.6 times the numbers
-    everything = list(state.bare.named_parameters())
-    lora_count = sum(config.lora_rank * sum(p.shape) for _, p in everything if p.ndim == 2)
-    full = sum(p.numel() for _, p in everything) if config.export.keep_full else 0
-    return (2 * lora_count + full) * itemsize
-
-
-def run_fingerprint(config: RunConfig, report: DatasetReport, world: int) -> dict[str, Any]:
-    """What must not change between a stop and a resume: settings by dotted key, and what follows from several."""
-    facts: dict[str, Any] = {
-        "weights moved in the backward pass": fuses_backward(config, world),
-        "digest of all pictures, captions, repeats and weights": data_digest(report)[:16],
-        "learning rate": config.resolved_learning_rate,
-        "pictures per step": config.optim.batch_size * config.optim.accumulate * world,
-    }
-    if config.schedule.name != "constant":  # then the rate of every step depends on how many there are
-        facts["iterations"] = config.iterations
-    for key, value in json.loads(config.model_dump_json(exclude=FREE_TO_CHANGE & set(RunConfig.model_fields))).items():
-        settings = (
-            {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
-        )
-        facts |= {name: setting for name, setting in settings.items() if name not in FREE_TO_CHANGE}
-    return facts
-
-
-def find_checkpoint(folder: Path, fingerprint: dict[str, Any], config: RunConfig) -> checkpoint.Checkpoint | None:
-    """The run folder's newest whole checkpoint, or None, which is said.
-
-    Raises ConfigError when it belongs to another run, or when there is none and a finished LoRA would be lost.
-    """
-    found, passed_over = checkpoint.latest(folder / "checkpoints")
-    for sentence in passed_over:
-        log.warn(sentence)
-    if found is None:
-        if any(folder.glob("*.safetensors")):
-            raise ConfigError(
-                f"`output: {folder}` holds a finished LoRA and no checkpoint to go on from",
-                hint="choose another `output`",
-            )
-        log.warn(f"no whole checkpoint in {folder}; starting from step 0")
-        return None
-    checkpoint.require_same(found.fingerprint, fingerprint)
-    if found.step > config.iterations:
-        raise ConfigError(
-            f"`iterations` is {config.iterations}, but the run in {folder} is at step {found.step} already",
-            hint=f"set `iterations` to {found.step} or more, or choose another `output`",
-        )
-    return found
-
-
-def restore(state: TrainState, found: checkpoint.Checkpoint) -> None:
-    """Bring `state` to where the checkpoint was made. Raises ConfigError when it is of other weights."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in state.trained.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
-    if shapes != saved:
-        odd = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-        raise ConfigError(
-            f"the checkpoint of step {found.step} holds other weights than this run trains; first: `{odd}` is "
-            f"{saved.get(odd, 'missing')}, expected {shapes.get(odd, 'no such weight')}",
-            hint="resume with the `model`, `lora` and `full` settings that it was made with",
-        )
-    state.settle()
-    with torch.no_grad():
-        for name, parameter in state.trained.items():
-            parameter.copy_(found.weights[name])
-    state.updates.load_state_dict(found.optimizer["updates"])
-    if state.average is not None:
-        state.average.weights.update(found.optimizer["average"])
-    state.step = found.step
-    log.say(f"resumed from step {found.step}")
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that says whether to stop: Ctrl-C or SIGTERM asks once; a second Ctrl-C ends at once, unsaved."""
-    asked: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        log.say("stopping after this step; press Ctrl-C again to stop at once without saving")
-
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in kept:
-            signal.signal(number, on_signal)
-    except ValueError:  # not in the main thread: a notebook's executor, a server; there is no Ctrl-C to catch
-        kept = {}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
 class Recorder:
     """metrics.jsonl, the progress bar and the trackers. Only the main process writes."""
 
     def __init__(self, folder: Path, state: TrainState, config: RunConfig) -> None:
         self._state, self._main = state, state.accelerator.is_main_process
         self._bar = log.Bar("train", config.iterations) if self._main else None
-        self._metrics = log.MetricsFile(folder / "metrics.jsonl", state.step) if self._main else None
+        # What is measured at this step is measured again: the run may have been killed before it was.
+        again = due(state.step, config.validation.every)
+        self._metrics = (
+            log.MetricsFile(
+                folder / "metrics.jsonl",
+                state.step,
+                lambda row: not (again and row["step"] == state.step and "validation_loss" in row),
+            )
+            if self._main
+            else None
+        )
         self._smooth: float | None = None
         self.seconds = 0.0
         """Spent in optimizer steps so far."""
@@ -424,6 +379,8 @@ class Recorder:
         }  # fmt: skip
         if result.prior_loss is not None:
             row["prior_loss"] = result.prior_loss
+        if result.left_out:
+            row["left_out"] = True
         if torch.cuda.is_available():
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.write(row)
@@ -446,24 +403,17 @@ def _validate(
 
 
 def _preview(
-    state: TrainState, family: Family, data: TrainData, vae: torch.nn.Module | None, folder: Path, step: int
+    state: TrainState,
+    family: Family,
+    data: TrainData,
+    vae: torch.nn.Module | None,
+    folder: Path,
+    step: int,
+    is_new: bool,
 ) -> None:
-    if data.preview is not None and vae is not None and state.accelerator.is_main_process:
-        write_previews(
-            data.preview, family, state.bare, vae, folder / "previews", step
-        )  # fmt: skip
-
-
-def _save(state: TrainState, config: RunConfig, folder: Path, step: int, fingerprint: dict[str, Any]) -> None:
-    if not state.accelerator.is_main_process:
-        return
-    state.settle()
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in state.trained.items()}
-    optimizer = {"updates": state.updates.state_dict()}
-    if state.average is not None:
-        optimizer["average"] = state.average.weights
-    made = checkpoint.Checkpoint(step, weights, optimizer, fingerprint)
-    checkpoint.save(folder / "checkpoints", made, config.checkpoint.keep)
+    plan, previews = data.preview, folder / "previews"
+    if plan is not None and vae is not None and (is_new or not has_previews(previews, step, plan)):
+        write_previews(plan, family, state.bare, vae, previews, step, share_of(state.accelerator))
 
 
 def export(
@@ -516,7 +466,7 @@ def thumbnail(previews: Path, step: int) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in log.metrics_rows(folder / "metrics.jsonl")]
 
 
 def finish_folder(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from flux_ft import flow, log
@@ -29,13 +29,16 @@ from flux_ft.config import RunConfig
 from flux_ft.data.cache import Examples, cache_latents, cache_texts, load_examples, load_text
 from flux_ft.data.captions import tag_orders
 from flux_ft.data.loader import split_holdout
+from flux_ft.data.share import Share
 from flux_ft.errors import ConfigError
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
 from flux_ft.infer.sampler import sample_latents
+from flux_ft.train.digest import weights_digest
 from flux_ft.train.optim import LARGE_PARAMETERS, OPTIMIZERS, Average, Updates, resolve_optimizer
 from flux_ft.train.preview import PreviewPlan
 from flux_ft.train.recompute import apply_recompute
+from flux_ft.train.sharded import load_once, shard, shard_on_cpu, shard_options, shards_wanted
 from flux_ft.train.stream import BlockStream, choose_streamed
 from flux_ft.types import CachedExample, DatasetReport, TextCond
 
@@ -58,7 +61,15 @@ class TrainState:
     stream: BlockStream | None = None
     kept_velocity: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
     """What the base model predicts on prior prompts, by (step, slots); empty where it can be asked at any time."""
+    norms: list[float] = field(default_factory=list)
+    """Of the last steps' gradients, for `optim.spike_factor`."""
+    spikes: int = 0
+    """Steps in a row that were left out just now."""
+    base_digest: str = ""
+    """Of the base's weights, in the main process."""
     step: int = 0
+    shards: int = 1
+    """Over how many processes each weight is cut; then parameters are DTensors, and all of them are read together."""
 
     def settle(self) -> None:
         """Bring streamed weights home, so that they can be read or written by name."""
@@ -133,11 +144,13 @@ def encoders_fingerprint(family: Family, device: torch.device) -> str:
 def prepare_data(
     config: RunConfig, report: DatasetReport, family: Family, accelerator: Accelerator, cache: Path
 ) -> TrainData:
-    """Encode what is not in `cache` yet and lay out what is read from it. No encoder is left in memory on return."""
+    """Encode what is not in `cache` yet, each process its share, and lay out what is read from it.
+
+    No encoder is left in memory on return.
+    """
     fingerprint = encoders_fingerprint(family, accelerator.device)
     orders = caption_orders(config, report)
-    with accelerator.main_process_first():
-        _fill_cache(config, report, orders, family, accelerator.device, cache)
+    _fill_cache(config, report, orders, family, accelerator, cache)
     examples = load_examples(
         report.placed,
         report.decoding,
@@ -167,23 +180,31 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
     if streams and accelerator.num_processes > 1:
         raise ConfigError(
             f"`memory.stream_blocks` works in one process, and this run has {accelerator.num_processes}",
-            hint="set it to 0, or start the run without `accelerate launch`",
+            hint="set it to 0, or start the run without --gpus and `accelerate launch`",
         )
-    device = accelerator.device
-    denoiser = family.load_denoiser(torch.device("cpu") if streams else device, base_dtype(config, device))
+    device, shards = accelerator.device, shards_wanted(config, accelerator.num_processes)
+    dtype = base_dtype(config, device)
+    if shards > 1:
+        denoiser = load_once(family, accelerator, dtype)
+    else:
+        denoiser = family.load_denoiser(torch.device("cpu") if streams else device, dtype)
+    base_digest = weights_digest(denoiser.named_parameters()) if accelerator.is_main_process else ""
     full = config.finetune_type == "full"
     trained = choose_weights(config, family, denoiser) if full else attach_lora(config, family, denoiser)
     size = sum(parameter.numel() for parameter in denoiser.parameters())
     count = sum(parameter.numel() for parameter in trained.values())
+    name = resolve_optimizer(config.optim.name, count, shards)
     recompute = config.memory.recompute
     if recompute == "auto":
         recompute = "full" if streams or size >= LARGE_PARAMETERS else "none"
     apply_recompute(denoiser, recompute)
     denoiser.train()
     stream = _stream(config, family, denoiser, device) if streams else None
+    if shards > 1:
+        shard(denoiser, family.blocks(denoiser).values(), accelerator, dtype)
+        trained = {key: parameter for key, parameter in denoiser.named_parameters() if key in trained}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # what is measured from here on is the training
-    name = resolve_optimizer(config.optim.name, count)
     fused = fuses_backward(config, accelerator.num_processes)
     updates = Updates(
         trained,
@@ -204,11 +225,14 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
         f"bf16, {config.full.rounding} rounding" if rounded else "float32, which needs no rounding" if full else "",
         "each is moved in the backward pass" if fused else "",
         {"selective": "activations are recomputed in part", "full": "activations are recomputed"}.get(recompute, ""),
+        f"each of {shards} processes holds a share of every weight" if shards > 1 else "",
         f"{stream.streamed} blocks stay in host memory ({stream.host_bytes / 1e9:.1f} GB)" if stream else "",
     ]
     log.say("; ".join(fact for fact in facts if fact))
-    prepared = accelerator.prepare(denoiser, device_placement=[not streams])
-    return TrainState(accelerator, prepared, denoiser, trained, updates, name, average, stream)
+    prepared = denoiser if shards > 1 else accelerator.prepare(denoiser, device_placement=[not streams])
+    return TrainState(
+        accelerator, prepared, denoiser, trained, updates, name, average, stream, shards=shards, base_digest=base_digest
+    )
 
 
 def attach_lora(config: RunConfig, family: Family, denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -252,11 +276,21 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     """accelerate's own defaults for device and processes; bfloat16 arithmetic wherever the base is bfloat16.
 
     Autocast is for the float32 factors of a LoRA. A full fine-tune has one dtype throughout, and autocast would keep
-    its norms' results in float32: 42 GiB of activations in place of 30 at 1 MP without recompute (computed).
+    its norms' results in float32: 42 GiB of activations in place of 30 at 1 MP without recompute (computed). Over
+    several processes a LoRA is copied (DDP), and a full fine-tune cut into shards (FSDP2).
     """
-    return Accelerator(
-        mixed_precision="bf16" if _wants_bf16(config) else "no",
-        gradient_accumulation_steps=config.optim.accumulate,
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    shards = shards_wanted(config, world)
+    sharding = shard_options(shards, world) if shards > 1 else {}
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # what the user's accelerate was set to; options come first
+    on_cpu = _cpu_is_forced() or not torch.cuda.is_available()
+    accelerator = Accelerator(
+        # accelerate would widen sharded bfloat16 weights to float32 for the optimizer; `Updates` does so one at a time.
+        mixed_precision="bf16" if _wants_bf16(config) and not sharding else "no",
+        # Gradients that are not shared out at once would be whole, and as large as the model.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.optim.accumulate, sync_each_batch=bool(sharding)
+        ),
         log_with=list(config.logging.trackers) or None,
         project_dir=str(folder),
         # The first process encodes and draws while the others wait: ten minutes, the default, is too short for that.
@@ -264,7 +298,16 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=24)),
             AutocastKwargs(enabled=config.finetune_type == "lora"),
         ],
+        **({} if on_cpu else sharding),
     )
+    if sharding and on_cpu and accelerator.num_processes == world:
+        shard_on_cpu(accelerator, **sharding)
+    return accelerator
+
+
+def share_of(accelerator: Accelerator) -> Share:
+    """What this process does of work that is shared out."""
+    return Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
 
 
 def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
@@ -301,10 +344,11 @@ def _fill_cache(
     report: DatasetReport,
     orders: Mapping[str, Sequence[str]],
     family: Family,
-    device: torch.device,
+    accelerator: Accelerator,
     folder: Path,
 ) -> None:
     """Encode what is not in the cache `folder` yet: text encoders come, encode and go before the autoencoder comes."""
+    device, share = accelerator.device, share_of(accelerator)
     dtype, fingerprint = encoder_dtype(device), encoders_fingerprint(family, device)
 
     @functools.cache
@@ -325,10 +369,10 @@ def _fill_cache(
         prior_prompts(config),
     )
     for group in groups:
-        cache_texts(group, folder, fingerprint, open_text_encoder)
+        cache_texts(group, folder, fingerprint, open_text_encoder, share)
     open_text_encoder.cache_clear()
     release_memory()
-    cache_latents(report.placed, report.decoding, folder, fingerprint, open_image_encoder)
+    cache_latents(report.placed, report.decoding, folder, fingerprint, open_image_encoder, share)
     release_memory()
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from torch import Tensor
 
 from flux_ft.adapters.formats import compare_adapters, read_adapter
 from flux_ft.families.registry import tiny_folder
+from flux_ft.train.checkpoint import find_fault
 from flux_ft.train.prove import comparison_grid
 
 pytestmark = pytest.mark.slow
@@ -61,6 +60,7 @@ SHORT: dict[str, Any] = SETTINGS | {
 }  # fmt: skip
 DIFFUSERS, KOHYA, FULL = "my-thing.safetensors", "my-thing-comfyui.safetensors", "my-thing-full.safetensors"
 FILES = {
+    ".lock",
     "run.yaml", "report.json", "report.html", "metrics.jsonl", "README.md", "loss.png", "previews.png",
     "comparison.png", "extraction.json", DIFFUSERS, KOHYA, FULL,
 }  # fmt: skip
@@ -180,7 +180,7 @@ class TestRunFolder:
         folder = straight.folder / "checkpoints" / f"step-{STEPS:06d}"
         weights = tensors(folder / "weights.safetensors")
         kept = torch.load(folder / "optimizer.pt", weights_only=True)
-        assert set(kept) == {"updates", "average"}
+        assert set(kept) == {"name", "updates", "average", "norms", "spikes"}
         assert kept["average"].keys() == weights.keys()
         assert kept["updates"]["optimizers"].keys() == weights.keys()
         assert {tuple(one.shape) for one in weights.values()} == {tuple(one.shape) for one in kept["average"].values()}
@@ -377,30 +377,65 @@ class TestBases:
         assert "-full.safetensors" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo between local processes is tested on Linux")
 class TestProcesses:
-    @pytest.mark.skipif(sys.platform != "linux", reason="gloo between local processes is tested on Linux")
-    def test_two_processes_learn_what_one_does(self, straight: Run, place: Path) -> None:
-        """The same global batch, in two parts whose gradients are averaged after the backward pass: sums in another
-        order, of which AdamW makes steps where a gradient is nearly zero. 1e-3 of what the run has changed."""
+    """The same global batch, in two parts whose gradients are averaged after the backward pass: sums in another order,
+    of which AdamW makes steps where a gradient is nearly zero. 1e-3 of what the run has changed."""
+
+    @staticmethod
+    def train_on_two(place: Path, *words: str) -> Done:
         if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
             pytest.skip("this torch has no gloo")
-        importlib.import_module("torch.distributed.run")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
-        words = ("train", straight.run_file, "output=pair", "optim.batch_size=1", "--json")
         env = child_env() | QUICK | {"ACCELERATE_USE_CPU": "true"}
-        done = run_verb(*words, cwd=place, launcher=launcher, env=env)
-        assert done.code == 0, done.stderr
-        assert done.json["steps"] == STEPS
-        assert "each is moved in the backward pass" not in done.stderr
-        assert trained_steps(place / "pair") == list(range(1, STEPS + 1))
-        pair, alone, base = tensors(place / "pair" / FULL), tensors(straight.folder / FULL), base_weights()
-        apart = sum(float((pair[name] - alone[name]).double().square().sum()) for name in base)
+        return run_verb("train", *words, "optim.batch_size=1", "--gpus", "2", "--json", cwd=place, env=env)
+
+    @staticmethod
+    def distance(folder: Path, straight: Run) -> float:
+        """How far the full weights are from those of one process, in units of what the run has changed."""
+        ours, alone, base = tensors(folder / FULL), tensors(straight.folder / FULL), base_weights()
+        apart = sum(float((ours[name] - alone[name]).double().square().sum()) for name in base)
         change = sum(float((alone[name] - base[name]).double().square().sum()) for name in base)
         assert change > 0
-        assert (apart / change) ** 0.5 < 1e-3
+        return float((apart / change) ** 0.5)
+
+    def test_two_processes_learn_what_one_does(self, straight: Run, place: Path) -> None:
+        done = self.train_on_two(place, str(straight.run_file), "output=pair")
+        assert done.code == 0, done.stderr
+        assert done.json["steps"] == STEPS
+        assert "each of 2 processes holds a share of every weight" in done.stderr
+        assert trained_steps(place / "pair") == list(range(1, STEPS + 1))
+        assert self.distance(place / "pair", straight) < 1e-3
+        assert set(done.json["loras"]) == {"diffusers", "kohya"}
+        assert sorted(path.name for path in (place / "pair" / "previews").iterdir()) == [
+            f"step-{step:06d}" for step in (0, 4, 8)
+        ]
+
+    def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(self, straight: Run, place: Path) -> None:
+        folder = place / "moved"
+        words = (str(straight.run_file), "output=moved")
+        done = self.train_on_two(place, *words, "--max-time", "1s")
+        assert done.code == 130, done.stderr
+        (first,) = (folder / "checkpoints").iterdir()
+        assert find_fault(first) is None
+        assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "manifest.json"} == {one.name for one in first.iterdir()}
+        alone = run_verb("train", *words, "--resume", cwd=place, env=child_env() | QUICK)
+        assert_refused(alone, "`processes` was 2, is now 1", "--allow-drift")
+        done = run_verb(
+            "train", *words, "--resume", "--allow-drift", "--max-time", "1s", cwd=place, env=child_env() | QUICK
+        )
+        assert done.code == 130, done.stderr
+        assert f"resumed from step {int(first.name[5:])}" in done.stderr
+        assert (max((folder / "checkpoints").iterdir()) / "weights.safetensors").is_file()
+        done = self.train_on_two(place, *words, "--resume", "--allow-drift")
+        assert done.code == 0, done.stderr
+        assert trained_steps(folder) == list(range(1, STEPS + 1))
+        assert self.distance(folder, straight) < 1e-3
+        newest = json.loads((folder / "checkpoints" / f"step-{STEPS:06d}" / "manifest.json").read_text("utf-8"))
+        assert sum("`processes` was" in one for one in newest["drift"]) == 2
+
+    def test_adafactor_is_refused_for_shards(self, straight: Run, place: Path) -> None:
+        done = self.train_on_two(place, str(straight.run_file), "output=ada", "optim.name=adafactor")
+        assert_refused(done, "`optim.name", "adamw8bit")
 
 
 class TestBadInput:

@@ -30,11 +30,15 @@ from _verbs import (
     wait_until,
     write_run,
 )
+from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from flux_ft import log
 from flux_ft.adapters.formats import compare_adapters, read_adapter
+from flux_ft.data import cache
+from flux_ft.families.tiny.weights import tiny_folder
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +57,7 @@ SETTINGS: dict[str, object] = {
 }
 FILES = {
     "run.yaml", "report.json", "report.html", "metrics.jsonl", "README.md", "loss.png", "previews.png",
-    "my-thing.safetensors", "my-thing-comfyui.safetensors",
+    "my-thing.safetensors", "my-thing-comfyui.safetensors", ".lock",
 }  # fmt: skip
 FOLDERS = {"cache", "checkpoints", "previews", "flux_ft"}
 DIFFUSERS, KOHYA = "my-thing.safetensors", "my-thing-comfyui.safetensors"
@@ -282,7 +286,60 @@ class TestSecondStart:
         before = hashes(folder)
         words = (f"output={folder}", "lora_rank=8", "seed=7", "--resume")
         assert_refused(run_here(capsys, "train", straight.run_file, *words), "`lora_rank` was 4", "`seed` was 0")
+        done = run_here(capsys, "train", straight.run_file, *words, "--allow-drift")
+        assert_refused(done, "`lora_rank` was 4")
         assert hashes(folder) == before
+
+    def test_allow_drift_goes_on_and_the_checkpoints_tell(
+        self, straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = shutil.copytree(straight.folder, tmp_path / "copy")
+        shutil.rmtree(folder / "checkpoints" / "step-000012")
+        words = ("train", straight.run_file, f"output={folder}", "learning_rate=5e-4", "--resume")
+        assert_refused(run_here(capsys, *words), "`learning rate` was", "--allow-drift")
+        done = run_here(capsys, *words, "--allow-drift")
+        assert done.code == 0, done.stderr
+        assert "changed since step 9: `learning rate` was" in done.stderr
+        manifest = json.loads((folder / "checkpoints" / "step-000012" / "manifest.json").read_text(encoding="utf-8"))
+        (told,) = manifest["drift"]
+        assert told.startswith("after step 9: `learning rate` was")
+        assert torch.__version__ in manifest["circumstances"].values()
+        assert not same_lora(folder / DIFFUSERS, straight.folder / DIFFUSERS)
+
+    def test_another_base_under_the_same_name_is_refused(
+        self, straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = shutil.copytree(tiny_folder(), tmp_path / "base")
+        words = ("train", straight.run_file, f"output={tmp_path / 'run'}", f"model={base}", "preview.every=null")
+        assert run_here(capsys, *words, "iterations=3", "schedule.name=constant").code == 0
+        (weights,) = (base / "transformer").glob("*.safetensors")
+        with safe_open(weights, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors["proj_out.bias"][0] += 0.5
+        save_file(tensors, weights, metadata={"format": "pt"})
+        done = run_here(capsys, *words, "iterations=4", "schedule.name=constant", "--resume")
+        assert_refused(done, "`base model` was")
+
+    def test_encoded_anew_by_other_encoders_is_refused(
+        self, straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The cache was made anew, and the numbers are others: nothing else would tell."""
+        folder = shutil.copytree(straight.folder, tmp_path / "copy")
+        for latent in (folder / "cache" / "latents").iterdir():
+            entry = cache.read_entry(latent)
+            cache._store(latent, entry | {"mean_CHW": entry["mean_CHW"] + 1e-3}, "a latent")
+        done = run_here(capsys, "train", straight.run_file, f"output={folder}", "--resume")
+        assert_refused(done, "`encoded pictures and captions` was")
+
+    def test_a_second_run_in_the_same_folder_is_refused(
+        self, straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = shutil.copytree(straight.folder, tmp_path / "copy")
+        with FileLock(folder / ".lock"):
+            before = hashes(folder)
+            done = run_here(capsys, "train", straight.run_file, f"output={folder}", "--resume")
+            assert_refused(done, "another process trains in it")
+            assert hashes(folder) == before
 
     def test_resume_with_other_pictures_is_refused(
         self, straight: Run, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -336,6 +393,23 @@ class TestInterrupted:
 
     def test_pictures_on_the_way_are_the_same(self, interrupted: Interrupted, straight: Run) -> None:
         assert hashes(interrupted.folder / "previews") == hashes(straight.folder / "previews")
+
+
+class TestTimeLimit:
+    def test_it_saves_and_stops_in_time_and_the_resumed_run_ends_alike(
+        self, straight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ("train", straight.run_file, f"output={tmp_path / 'run'}")
+        done = run_here(capsys, *words, "--max-time", "1s")  # up before the first step is done
+        assert done.code == 130, done.stderr
+        assert "everything up to it is saved" in done.stderr
+        assert 1 <= trained_steps(tmp_path / "run")[-1] < STEPS
+        assert run_here(capsys, *words, "--resume").code == 0
+        assert same_lora(tmp_path / "run" / DIFFUSERS, straight.folder / DIFFUSERS)
+
+    def test_what_is_no_time_is_refused(self, straight: Run, capsys: pytest.CaptureFixture[str]) -> None:
+        done = run_here(capsys, "train", straight.run_file, "output=never", "--max-time", "soon")
+        assert_refused(done, "--max-time soon", "3h50m")
 
 
 class TestLaunchers:

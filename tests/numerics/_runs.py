@@ -14,8 +14,8 @@ from flux_ft.config import RunConfig
 from flux_ft.families.base import Family
 from flux_ft.plan import check_run
 from flux_ft.train import checkpoint
-from flux_ft.train import run as run_module
-from flux_ft.train.loop import Acts, StepResult, keep_base_velocity, train_steps
+from flux_ft.train.loop import Acts, StepResult, Wish, keep_base_velocity, train_steps
+from flux_ft.train.resume import restore, snapshot
 from flux_ft.train.setup import TrainData, TrainState, draw_prior, make_accelerator, prepare_data, prepare_model
 from flux_ft.types import AdapterState, LoraLayer
 
@@ -37,15 +37,15 @@ class Run:
         found, passed_over = (None, []) if resume is None else checkpoint.latest(resume / "checkpoints")
         assert not passed_over
         assert (found is None) == (resume is None)
-        keep_base_velocity(self.state, family, config, self.prior, found.step if found else 0)
+        keep_base_velocity(self.state, family, config, self.prior, found.about.step if found else 0)
         if found is not None:
-            run_module.restore(self.state, found)
+            restore(self.state, found)
         self.results: list[StepResult] = []
 
     def acts(self, **changed: Any) -> Acts:
         quiet: dict[str, Any] = {
             "log": self.results.append, "validate": lambda step: None, "preview": lambda step: None,
-            "save": lambda step: None, "should_stop": lambda: False,
+            "save": lambda step: None, "wish": lambda: Wish.GO_ON,
         }  # fmt: skip
         return Acts(**(quiet | changed))
 
@@ -57,13 +57,16 @@ class Run:
         """Stop after so many steps, with a checkpoint in `folder`."""
         finished = train_steps(
             self.state, self.family, self.config, self.data, self.prior,
-            self.acts(save=lambda at: self.save(folder, at), should_stop=lambda: self.state.step == step),
+            self.acts(
+                save=lambda at: self.save(folder, at),
+                wish=lambda: Wish.STOP if self.state.step == step else Wish.GO_ON,
+            ),
         )  # fmt: skip
         assert not finished
         return self
 
     def save(self, folder: Path, step: int) -> None:
-        run_module._save(self.state, self.config, folder, step, {})
+        checkpoint.save(folder / "checkpoints", checkpoint.About(step, {}), snapshot(self.state), keep=2)
 
     def stir(self) -> Run:
         """Give the LoRA values, since down has no gradient while up is zero."""

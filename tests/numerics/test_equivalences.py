@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ from flux_ft.config import RunConfig
 from flux_ft.data.cache import cache_latents, cache_texts, load_examples
 from flux_ft.data.images import load_picture
 from flux_ft.data.loader import BatchPlan, collate, resampled
-from flux_ft.errors import StoppedByUser
+from flux_ft.data.share import Share
+from flux_ft.errors import StoppedByUser, StorageError
 from flux_ft.families.base import Family
 from flux_ft.families.registry import tiny_folder
 from flux_ft.infer.sampler import initial_noise
@@ -352,6 +354,38 @@ def test_latents_are_drawn_anew_at_each_step_and_the_mean_is_measured(
         assert exact == [not resample] * len(trained)
 
 
+# --- Batches made ahead. ---
+
+
+def test_workers_change_nothing(start: Callable[..., Run], everything: dict[str, Any]) -> None:
+    """Exact: batches follow from the step, whoever makes them and when."""
+    runs = []
+    for workers in (0, 1, 2, 8):
+        settings = {**everything, "data": everything["data"] | {"workers": workers}}
+        runs.append(start(**settings, iterations=5, lora={"dropout": 0.2}, optim={"accumulate": 2}).train())
+    assert len(runs[0].losses) == 5
+    for run in runs[1:]:
+        assert run.losses == runs[0].losses
+        assert_same_bits(run.weights, runs[0].weights)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_damaged_entry_ends_the_run_at_the_step_that_needs_it(
+    tiny_family: Family, run_settings: Settings, tmp_path: Path, workers: int
+) -> None:
+    config = run_settings(tmp_path, iterations=20, data={"workers": workers}, optim={"batch_size": 1})
+    run = Run(tiny_family, config, tmp_path / "cache")
+    rows = run.data.examples.rows
+    plan = BatchPlan([row.bucket for row in rows], 1, 20, config.seed)
+    (index,) = plan.indices(6)
+    rows[index].latent.write_bytes(b"damaged")
+    before = set(threading.enumerate())
+    with pytest.raises(StorageError, match=rows[index].latent.name):
+        run.train()
+    assert len(run.results) == 6
+    assert set(threading.enumerate()) <= before
+
+
 # --- What must not touch the training. ---
 
 
@@ -386,6 +420,30 @@ def test_previews_change_nothing(start: Callable[..., Run], tmp_path: Path) -> N
     assert drawn.state.bare.training
     assert plain.losses == drawn.losses
     assert_same_bits(plain.weights, drawn.weights)
+
+
+def test_previews_shared_out_are_the_same_pictures(start: Callable[..., Run], tmp_path: Path) -> None:
+    """As many forward passes in every process, and the prompts when all pictures are there."""
+    run = start(preview={"every": 1, "prompts": ["a red circle", "a star", "a blue ring"], "steps": 1}).stir()
+    vae, plan = run.family.load_vae(CPU, FP32), run.data.preview
+    assert plan is not None
+    alone = write_previews(plan, run.family, run.state.bare, vae, tmp_path / "alone", 0)
+    calls: list[int] = []
+    run.state.bare.register_forward_pre_hook(lambda *_: calls.append(process))
+    events: list[str] = []
+
+    def wait() -> None:
+        events.append(f"{process} waits, prompts {(tmp_path / 'shared/step-000000/prompts.json').exists()}")
+
+    drawn = []
+    for process in (1, 0):
+        share = Share(process, 2, wait)
+        drawn += write_previews(plan, run.family, run.state.bare, vae, tmp_path / "shared", 0, share)
+    assert [path.name for path in drawn] == ["01.png", "00.png", "02.png"]
+    assert events == ["1 waits, prompts False", "0 waits, prompts False"]
+    assert calls.count(0) == calls.count(1) == 2
+    for path in (*alone, alone[0].with_name("prompts.json")):
+        assert (tmp_path / "shared" / "step-000000" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_first_preview_is_the_base_model_and_the_last_is_not(start: Callable[..., Run], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from flux_ft.adapters.jobs import open_model
 from flux_ft.errors import ConfigError, NonFiniteError
 from flux_ft.families.base import Family
 from flux_ft.train import full as full_module
-from flux_ft.train import loop
+from flux_ft.train import loop, resume
 from flux_ft.train import run as run_module
 from flux_ft.train.loop import prior_drift
 from flux_ft.train.optim import OPTIMIZERS, ROUNDINGS
@@ -508,7 +508,7 @@ def test_a_checkpoint_is_as_large_as_is_said_before(
     if settings.get("optim", {}).get("name") == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     run = start_full(iterations=1, **settings)
-    told = run_module.checkpoint_bytes(run.state, run.config)
+    told = resume.checkpoint_bytes(run.state, run.config)
     run.train().save(tmp_path, 1)
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
     assert size == pytest.approx(told, rel=0.04)
@@ -525,5 +525,5 @@ def test_exported_files_are_no_larger_than_is_said_before(start_full: Start, set
         adapter = lora.read_trained(run.state.bare)
     run_module.export(run.state, run.config, run.family, run.data, adapter, "2026-01-01T00:00:00+00:00")
     size = sum(path.stat().st_size for path in run.config.output_dir.glob("*.safetensors"))
-    told = run_module.export_bytes(run.state, run.config)
+    told = resume.export_bytes(run.state, run.config)
     assert 0.8 * told < size < 1.02 * told

@@ -10,14 +10,22 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from flux_ft.errors import ConfigError, StorageError
+from flux_ft.errors import StorageError
 from flux_ft.train import checkpoint
-from flux_ft.train.checkpoint import MANIFEST, Checkpoint, find_fault, latest, require_same, save
+from flux_ft.train.checkpoint import MANIFEST, About, Saved, State, find_fault, latest
 
 FILES = ("weights.safetensors", "optimizer.pt", MANIFEST)
 
 
-def made(step: int, seed: int = 0) -> Checkpoint:
+def about(step: int) -> About:
+    return About(step, {"seed": 3, "lora.targets": ["a", "b"], "x": None}, {"CPU threads": 4}, ["after step 1: `x` …"])
+
+
+def save(folder: Path, state: tuple[About, State], keep: int) -> Path:
+    return checkpoint.save(folder, *state, keep)
+
+
+def made(step: int, seed: int = 0) -> tuple[About, State]:
     rng = torch.Generator().manual_seed(seed + step)
     weight = torch.nn.Parameter(torch.randn(3, 5, generator=rng))
     optimizer = torch.optim.AdamW([weight], lr=1e-3 * (step + 1), betas=(0.9, 0.95))
@@ -38,14 +46,13 @@ def made(step: int, seed: int = 0) -> Checkpoint:
         },
         "average": {"a": torch.randn(3, 2, generator=rng)},
     }
-    return Checkpoint(step, weights, state, {"seed": 3, "lora.targets": ["a", "b"], "x": None})
+    return about(step), State(weights, state)
 
 
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.step == other.step
-    assert one.fingerprint == other.fingerprint
-    assert_same_tree(one.weights, other.weights)
-    assert_same_tree(one.optimizer, other.optimizer)
+def assert_same(found: Saved, expected: tuple[About, State]) -> None:
+    assert found.about == expected[0]
+    assert_same_tree(found.read().weights, expected[1].weights)
+    assert_same_tree(found.read().optimizer, expected[1].optimizer)
 
 
 def assert_same_tree(one: object, other: object) -> None:
@@ -66,7 +73,7 @@ def assert_same_tree(one: object, other: object) -> None:
         assert one == other
 
 
-def newest(folder: Path) -> Checkpoint:
+def newest(folder: Path) -> Saved:
     found, _ = latest(folder)
     assert found is not None
     return found
@@ -108,7 +115,7 @@ def test_the_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     for step in (2, 10, 100, 1000):
         save(tmp_path, made(step), keep=2)
     assert names(tmp_path) == ["step-000100", "step-001000"]
-    assert newest(tmp_path).step == 1000
+    assert newest(tmp_path).about.step == 1000
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -174,7 +181,7 @@ def test_a_torn_manifest_is_passed_over_with_a_sentence(tmp_path: Path, damage) 
     damage(tmp_path / "step-000010" / MANIFEST)
     found, passed_over = latest(tmp_path)
     assert found is not None
-    assert found.step == 5
+    assert found.about.step == 5
     assert len(passed_over) == 1
     assert MANIFEST in passed_over[0]
 
@@ -190,7 +197,7 @@ def test_a_manifest_that_says_something_else_is_passed_over(tmp_path: Path, cont
     for step in (5, 10):
         save(tmp_path, made(step), keep=2)
     (tmp_path / "step-000010" / MANIFEST).write_text(content)
-    assert newest(tmp_path).step == 5
+    assert newest(tmp_path).about.step == 5
 
 
 @pytest.mark.parametrize("key", ["step", "fingerprint", "files"])
@@ -201,13 +208,13 @@ def test_a_manifest_that_lacks_a_key_is_passed_over(tmp_path: Path, key: str) ->
     manifest = json.loads(path.read_text())
     del manifest[key]
     path.write_text(json.dumps(manifest))
-    assert newest(tmp_path).step == 5
+    assert newest(tmp_path).about.step == 5
 
 
 def test_a_renamed_checkpoint_is_not_another_step(tmp_path: Path) -> None:
     save(tmp_path, made(5), keep=2)
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000010")
-    assert newest(tmp_path).step == 5
+    assert newest(tmp_path).about.step == 5
     assert find_fault(tmp_path / "step-000010") is not None
 
 
@@ -216,7 +223,7 @@ def test_an_unfinished_one_is_not_looked_at(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000010.partial")
     found, passed_over = latest(tmp_path)
     assert found is not None
-    assert found.step == 5
+    assert found.about.step == 5
     assert passed_over == []
     save(tmp_path, made(10), keep=2)
     assert names(tmp_path) == ["step-000005", "step-000010"]
@@ -237,11 +244,11 @@ def test_a_torn_one_never_pushes_out_the_one_just_saved(tmp_path: Path, keep: in
         save(tmp_path, made(step), keep=3)
     for step in (8, 9):
         empty(tmp_path / f"step-{step:06d}" / "weights.safetensors")
-    assert newest(tmp_path).step == 2
+    assert newest(tmp_path).about.step == 2
     save(tmp_path, made(4), keep)
-    assert newest(tmp_path).step == 4
+    assert newest(tmp_path).about.step == 4
     save(tmp_path, made(6), keep)
-    assert newest(tmp_path).step == 6
+    assert newest(tmp_path).about.step == 6
     whole = [path for path in tmp_path.iterdir() if find_fault(path) is None]
     assert len(whole) == keep
 
@@ -255,7 +262,7 @@ def test_a_torn_one_never_pushes_out_the_one_just_saved(tmp_path: Path, keep: in
         ("save_file", OSError(errno.ENOSPC, "No space left on device")),
         ("save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
         ("torch.save", RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")),
-        ("_sync", OSError(errno.ENOSPC, "No space left on device")),
+        ("sync", OSError(errno.ENOSPC, "No space left on device")),
     ],
     ids=["os", "safetensors", "torch", "fsync"],
 )
@@ -279,7 +286,7 @@ def test_a_full_disk_leaves_the_earlier_ones(
     assert names(tmp_path) == ["step-000005"]
     assert_same(newest(tmp_path), made(5))
     save(tmp_path, made(10), keep=1)
-    assert newest(tmp_path).step == 10
+    assert newest(tmp_path).about.step == 10
 
 
 def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
@@ -298,26 +305,42 @@ def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
     assert_same(newest(tmp_path), made(5))
 
 
-# --- Going on with the same run. ---
+# --- Sealed. ---
 
 
-def test_the_same_settings_pass() -> None:
-    require_same({"seed": 3, "x": None}, {"x": None, "seed": 3})
-    require_same({}, {})
+def test_what_the_manifest_tells_is_sealed(tmp_path: Path) -> None:
+    """A setting that is changed by hand, or by a bad bit, must not pass for the one that the run was made with."""
+    for step in (5, 10):
+        save(tmp_path, made(step), keep=2)
+    path = tmp_path / "step-000010" / MANIFEST
+    path.write_bytes(path.read_bytes().replace(b'"seed": 3', b'"seed": 4'))
+    assert newest(tmp_path).about.step == 5
 
 
-def test_every_changed_key_is_named_with_both_values() -> None:
-    with pytest.raises(ConfigError) as caught:
-        require_same(
-            {"seed": 3, "lora_rank": 16, "same": 1}, {"seed": 4, "lora_rank": 8, "same": 1, "optim.name": "adamw"}
-        )
-    message = caught.value.message
-    for part in ("`seed` was 3, is now 4", "`lora_rank` was 16, is now 8", "`optim.name` was None, is now 'adamw'"):
-        assert part in message
-    assert "`same`" not in message
+def test_what_a_kill_left_half_written_goes_with_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "step-000002.partial").mkdir()
+    (tmp_path / "step-000002.partial" / "weights.safetensors").write_bytes(b"half")
+    save(tmp_path, made(5), keep=2)
+    assert names(tmp_path) == ["step-000005"]
 
 
-def test_settings_survive_json(tmp_path: Path) -> None:
-    """Tuples become lists in the manifest; a fingerprint is made of what JSON keeps."""
-    save(tmp_path, made(1), keep=1)
-    require_same(newest(tmp_path).fingerprint, made(1).fingerprint)
+def test_too_little_space_is_seen_before_a_byte_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, made(5), keep=2)
+    usage = shutil.disk_usage(tmp_path)
+    need = made(10)[1].nbytes + checkpoint.SPARE_BYTES
+    for free in (need - 1, need):
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free == need:
+            save(tmp_path, made(10), keep=2)
+            continue
+        monkeypatch.setattr(checkpoint, "save_file", lambda *_: pytest.fail("written all the same"))
+        with pytest.raises(StorageError, match="MB are free"):
+            save(tmp_path, made(10), keep=2)
+        assert names(tmp_path) == ["step-000005"]
+        monkeypatch.undo()
+
+
+def test_size_of_a_state() -> None:
+    inner = [torch.zeros(5, dtype=torch.bfloat16), {"y": torch.zeros(7)}]
+    state = State({"a": torch.zeros(3, 2)}, {"x": inner, "n": 3})
+    assert state.nbytes == 24 + 10 + 28

@@ -13,7 +13,7 @@ from flux_ft.adapters import lora
 from flux_ft.adapters.from_checkpoint import read_checkpoint, read_lora
 from flux_ft.errors import AdapterError
 from flux_ft.families.base import Family
-from flux_ft.train.checkpoint import Checkpoint, save
+from flux_ft.train.checkpoint import About, State, save
 from flux_ft.types import AdapterState
 
 ALPHA = 6.0
@@ -40,7 +40,7 @@ def saved(
         "optim.ema_decay": None if average is None else 0.9, **more,
     }  # fmt: skip
     state = {"updates": {}} | ({} if average is None else {"average": average})
-    return save(folder, Checkpoint(100, weights, state, settings), 2)
+    return save(folder, About(100, settings), State(weights, state), 2)
 
 
 def assert_same(found: AdapterState, wanted: AdapterState) -> None:
@@ -84,7 +84,7 @@ def test_what_is_altered_cut_or_no_lora_is_refused(tmp_path: Path, trained: Any)
     cases.append(("weights.safetensors was altered", saved(tmp_path / "bytes", factors)))
     file = cases[-1][1] / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    cases.append(("altered", saved(tmp_path / "manifest", factors)))
+    cases.append(("unreadable", saved(tmp_path / "manifest", factors)))
     manifest = cases[-1][1] / "manifest.json"
     told = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(told | {"files": {}}))

@@ -35,6 +35,54 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+class Disk:
+    """A file on a disk that takes no more than `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.content = room, b""
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = data[: self.room]
+        self.content, self.room = self.content + taken, self.room - len(taken)
+        return len(taken)
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_a_full_disk_does_not_take_comes_later_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = log.MetricsFile(tmp_path / "metrics.jsonl")
+    disk = Disk(room=20)
+    file._file = disk  # type: ignore[assignment]
+    for step in range(1, 4):
+        file.write({"step": step})
+    assert capsys.readouterr().err.count("No space left on device") == 1
+    assert disk.content == b'{"step": 1}\n{"step":'
+    disk.room = 10**6
+    file.write({"step": 4})
+    file.close()
+    assert disk.content == b"".join(b'{"step": %d}\n' % step for step in range(1, 5))
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_that_are_lost_in_the_end_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = log.MetricsFile(tmp_path / "metrics.jsonl")
+    file._file = Disk(room=0)  # type: ignore[assignment]
+    for step in range(3):
+        file.write({"step": step})
+    file.close()
+    assert "the last 3 lines" in capsys.readouterr().err
+
+
+def test_more_rows_may_be_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "x": 1}\n{"step": 2}\n')
+    log.MetricsFile(path, 2, keep=lambda row: "x" not in row).close()
+    assert rows(path) == [{"step": 1}, {"step": 2}]
+
+
 class Clock:
     """A second later at each look."""
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flux_ft.config import FullConfig, OptimConfig, ScheduleConfig
+from flux_ft.errors import ConfigError
 from flux_ft.flow import keyed_generator
 from flux_ft.train.optim import (
     LARGE_PARAMETERS,
@@ -107,6 +108,30 @@ def test_an_optimizer_that_is_named_is_taken_whatever_the_size(name):
 def test_auto_is_adamw_until_its_state_would_not_fit_a_card():
     assert resolve_optimizer("auto", LARGE_PARAMETERS - 1) == "adamw"
     assert resolve_optimizer("auto", LARGE_PARAMETERS) == "adafactor"
+
+
+def test_shards_are_moved_by_an_optimizer_that_takes_rows():
+    assert resolve_optimizer("auto", 10**12, shards=2) == "adamw"
+    for name, row in OPTIMIZERS.items():
+        if row.takes_rows:
+            assert resolve_optimizer(name, 10**12, shards=2) == name
+    with pytest.raises(ConfigError, match=r"`optim.name: adafactor` factorises whole matrices") as refused:
+        resolve_optimizer("adafactor", 1, shards=2)
+    assert "adamw or adamw8bit" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_table_knows_which_optimizers_take_rows(name):
+    """The halves of a matrix, each moved alone, against the matrix at once; 8 bits come in blocks of 256 numbers."""
+    rows, columns = 64, 256
+    gradient = torch.randn(rows, columns, generator=keyed_generator(0, "gradient"))
+    gradient *= torch.linspace(0.1, 2, rows)[:, None]
+    weights = [nn.Parameter(torch.ones(count, columns)) for count in (rows, rows // 2, rows // 2)]
+    for weight, part in zip(weights, (gradient, gradient[: rows // 2], gradient[rows // 2 :]), strict=True):
+        weight.grad = part.clone()
+        optimizer_named(name, rate=0.1)([weight]).step()
+    same = torch.equal(weights[0].data, torch.cat([one.data for one in weights[1:]]))
+    assert same == OPTIMIZERS[name].takes_rows
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -316,6 +341,35 @@ def test_a_float32_copy_is_float32_to_the_bit(name, size):
     assert precise.dtype is FP32
     assert torch.equal(precise, wide)
     assert torch.equal(weight, wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_each_weight_can_be_put_into_other_updates(name, dtype):
+    """As sharded checkpoints do, weight by weight; the next step is then the same to the bit."""
+
+    def step(updates: Updates, weights: dict[str, nn.Parameter], number: int) -> None:
+        updates.begin(number, RATE)
+        for one in weights.values():
+            one.grad = gradient_of(number).to(dtype)
+        updates.finish()
+
+    weights = {key: nn.Parameter(first_weights(1.0).to(dtype)) for key in "ab"}
+    updates = Updates(weights, optimizer_named(name), rounding="kahan", seed=3)
+    step(updates, weights, 0)
+    copies = {key: nn.Parameter(one.detach().clone()) for key, one in weights.items()}
+    others = Updates(copies, optimizer_named(name), rounding="kahan", seed=3)
+    assert others.optimizer_state("a") == {}
+    for key in weights:
+        state = updates.optimizer_state(key)
+        others.set_optimizer_state(key, {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()})
+        if dtype is BF16:
+            others.extra(key).copy_(updates.extra(key))
+    step(updates, weights, 1)
+    step(others, copies, 1)
+    for key, one in weights.items():
+        assert torch.equal(one, copies[key])
+        assert torch.equal(updates.precise(key), others.precise(key))
 
 
 def test_float32_weights_are_not_rounded_at_all():

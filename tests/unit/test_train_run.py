@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from flux_ft.adapters import lora
 from flux_ft.config import OptimConfig, RunConfig
-from flux_ft.errors import ConfigError, StorageError
-from flux_ft.train.checkpoint import Checkpoint
+from flux_ft.errors import ConfigError, NumbersError, StorageError
+from flux_ft.train.checkpoint import State
 from flux_ft.train.optim import OPTIMIZERS, Average, Updates
-from flux_ft.train.run import require_space, restore
+from flux_ft.train.resume import put_back, require_moved, require_space, samples, snapshot
 from flux_ft.train.setup import TrainState
 
 Usage = namedtuple("Usage", "total used free")
@@ -67,13 +66,16 @@ def step(state: TrainState) -> None:
     state.step += 1
 
 
-def made(state: TrainState) -> Checkpoint:
-    """A copy of a state, as a file would hold it."""
-    weights = {name: one.detach().clone() for name, one in state.trained.items()}
-    optimizer: dict[str, Any] = {"updates": copy.deepcopy(state.updates.state_dict())}
-    if state.average is not None:
-        optimizer["average"] = {name: one + 1 for name, one in state.average.weights.items()}
-    return Checkpoint(state.step, weights, optimizer, {})
+def made(state: TrainState) -> State:
+    """A copy of a state whose average has gone its own way."""
+    found = snapshot(state)
+    for one in found.optimizer.get("average", {}).values():
+        one += 1
+    return found
+
+
+def restore(state: TrainState, found: State) -> None:
+    put_back(state, 2, found)
 
 
 def config_of(**settings: Any) -> RunConfig:
@@ -90,10 +92,11 @@ def test_restored_is_saved(kind: str, dtype: torch.dtype) -> None:
     first, second = state_of(kind, dtype, average=True), state_of(kind, dtype, average=True)
     for _ in range(2):
         step(first)
+    first.norms, first.spikes = [1.0, 2.5], 1
     before = dict(second.trained)
     found = made(first)
     restore(second, found)
-    assert second.step == 2
+    assert (second.step, second.norms, second.spikes) == (2, [1.0, 2.5], 1)
     for name, one in second.trained.items():
         assert one is before[name], "the optimizer has this one"
         assert one is dict(second.bare.named_parameters())[name]
@@ -145,7 +148,7 @@ def test_a_checkpoint_of_other_weights_is_refused_and_changes_nothing(odd: str) 
         "none at all": "is missing",
     }
     assert told[odd] in caught.value.message
-    assert "step 1" in caught.value.message
+    assert "step 2" in caught.value.message
     assert "`full`" in (caught.value.hint or "")
     assert second.step == 0
     assert all(torch.equal(one, before[name]) for name, one in second.trained.items())
@@ -170,6 +173,50 @@ def test_streamed_weights_are_brought_home_before_they_are_written_to() -> None:
     restore(second, made(first))
     assert len(stream.before) == 1
     assert all(torch.equal(one, untouched[name]) for name, one in stream.before[0].items())
+
+
+def test_a_snapshot_is_a_copy_unless_it_need_not_be() -> None:
+    state = state_of("full", torch.bfloat16, average=True)
+    step(state)
+    kept, shared = snapshot(state), snapshot(state, copy=False)
+    before = {name: one.clone() for name, one in kept.weights.items()}
+    step(state)
+    assert all(torch.equal(kept.weights[name], one) for name, one in before.items())
+    assert not all(torch.equal(shared.weights[name], one) for name, one in before.items())
+    assert kept.nbytes == shared.nbytes
+
+
+def test_another_optimizer_is_refused() -> None:
+    first, second = state_of("full"), state_of("full")
+    second.optimizer = "adafactor"
+    with pytest.raises(ConfigError, match="made with the optimizer adamw, and this run takes adafactor") as caught:
+        restore(second, made(first))
+    assert "`optim.name: adamw`" in (caught.value.hint or "")
+
+
+# --- A run that comes to nothing. ---
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_that_never_move_are_an_error(kind: str) -> None:
+    state = state_of(kind)
+    first = samples(state)
+    with pytest.raises(NumbersError, match="not one weight has changed"):
+        require_moved(state, first)
+    with torch.no_grad():
+        list(state.trained.values())[-1].view(-1)[0] += 1e-6  # of a LoRA an up factor
+    require_moved(state, first)
+
+
+def test_a_lora_whose_up_factors_are_zero_has_not_moved() -> None:
+    """Weight decay moves the down factors; times zero they are nothing."""
+    state = state_of("lora")
+    first = samples(state)
+    with torch.no_grad():
+        for name, one in state.trained.items():
+            one *= 0.9 if ".lora_A." in name else 1
+    with pytest.raises(NumbersError):
+        require_moved(state, first)
 
 
 # --- Space. ---

@@ -1,0 +1,411 @@
+"""Full fine-tunes over several processes: each holds some rows of every weight, gradient and optimizer state (FSDP2).
+
+    main process: base in host memory ─ broadcast, weight by weight ─→ rows on every device ─ train ─→ gather
+                                                                         └ snapshot ─ write ─→ folder ─ read_into ─┘
+
+Over several nodes the rows are shared out within a node, and nodes are replicas of each other (hybrid sharding): what
+is fetched for every block then stays on the fast links, and only gradients cross between nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    ParallelismConfig,
+    broadcast_object_list,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from flux_ft.config import RunConfig
+from flux_ft.errors import ConfigError, StorageError, first_line
+from flux_ft.families.base import Family
+from flux_ft.infer.runner import release_memory
+from flux_ft.train.optim import Average, Updates, own_part, place_of
+
+if TYPE_CHECKING:
+    from flux_ft.train.setup import TrainState
+
+
+def shards_wanted(config: RunConfig, world: int) -> int:
+    """Over how many of `world` processes each weight is cut: 1 for a LoRA, or in one process.
+
+    Those of a node, where there are several nodes with as many processes each, more than one; else all.
+    """
+    if config.finetune_type != "full" or world == 1:
+        return 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return local if local > 1 and world % local == 0 else world
+
+
+def shard_options(shards: int, world: int) -> dict[str, Any]:
+    """What makes accelerate shard: the run file decides, and no setting of the user's accelerate adds to it."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap", cpu_offload=False,
+        activation_checkpointing=False, activation_checkpointing_offload=False, cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    mesh = ParallelismConfig(dp_replicate_size=world // shards, dp_shard_size=shards, tp_size=1, cp_size=1, sp_size=1)
+    return {"fsdp_plugin": plugin, "parallelism_config": mesh}
+
+
+def shard_on_cpu(accelerator: Accelerator, fsdp_plugin: Any, parallelism_config: Any) -> None:
+    """Make accelerate shard between processes on the CPU as it does between GPUs.
+
+    accelerate 1.15 looks at the plugin for kinds of devices that it lists, and the CPU is not among them, nor does it
+    take the mesh there; all that follows is the same, and gloo does what NCCL does.
+    """
+    state = accelerator.state
+    state.fsdp_plugin, state.parallelism_config = fsdp_plugin, parallelism_config
+    state.device_mesh = parallelism_config.get_device_mesh("cpu")
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+def load_once(family: Family, accelerator: Accelerator, dtype: torch.dtype) -> nn.Module:
+    """The denoiser in the main process's host memory; in the others the same without values, on the meta device."""
+    whole = family.load_denoiser(torch.device("cpu"), dtype) if accelerator.is_main_process else None
+    made_by: list[Any] = [None if whole is None else (type(whole), dict(cast(Any, whole).config))]
+    broadcast_object_list(made_by)
+    if whole is not None:
+        return whole
+    kind, settings = made_by[0]
+    return outline(kind, settings, dtype)
+
+
+def outline(kind: Any, settings: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A frozen diffusers model of this class and these settings on the meta device."""
+    with torch.device("meta"):
+        made: nn.Module = kind.from_config(settings)
+    return made.to(dtype).eval().requires_grad_(False)
+
+
+def shard(denoiser: nn.Module, blocks: Iterable[nn.Module], accelerator: Accelerator, dtype: torch.dtype) -> None:
+    """Cut the model that `load_once` gave into shards, in place: its parameters are others (DTensor) afterwards.
+
+    Each block is put together when it is run, forward and backward, and taken apart again. Gradients are summed in
+    float32. Inputs keep their dtype: positions and times are float32, and in bfloat16 they would be others.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in blocks})
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # Not when the plugin is made: that sets an environment variable, by which transformers leaves text encoders empty.
+    plugin.cpu_ram_efficient_loading = True
+    for told in ("FSDP2-wrapped module .* returned a view", "Slicing a flattened dim"):  # neither is ours to mend
+        warnings.filterwarnings("ignore", message=told)
+    # accelerate wants an optimizer beside the model; ours are made for the shards, and do not go through it.
+    stand_in = torch.optim.SGD([next(p for p in denoiser.parameters() if p.requires_grad)], lr=0.0)
+    sharded = accelerator.prepare(denoiser, stand_in)[0]
+    # The outermost layers too, which accelerate keeps together until the backward: after a preview there is none, and
+    # what a checkpoint then puts into the shards would not be what is run next.
+    sharded.set_reshard_after_forward(True)
+
+
+# --- Checkpoints. A key is KIND/NAME: weights/…, extra/…, average/…, optimizer/adamw/exp_avg/…; and run/norms. ---
+
+NORMS = "norms"
+"""Spikes in a row, and the last steps' norms after it."""
+
+
+def snapshot(state: TrainState) -> dict[str, Tensor]:
+    """A copy of what a sharded checkpoint holds, in host memory: this process's rows, as DTensors, and single numbers.
+
+    Weights, what is kept beside them, the average and the optimizer's state are laid out as the weights are, so any
+    number of processes can read them. State that is not as large as its weight, the scales of 8-bit AdamW's blocks,
+    is kept a shard, with "#0of4" in its key, and can be read by as many shards alone.
+    """
+    return {key: _on_host(part, like) for key, part, like in _entries(state)}
+
+
+def _entries(state: TrainState) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Key, this process's part, and the parameter whose layout it has, if any."""
+    yield f"run/{NORMS}", torch.tensor([state.spikes, *state.norms], dtype=torch.float64), None
+    for name, parameter in state.trained.items():
+        yield f"weights/{name}", own_part(parameter), parameter
+        extra = state.updates.extra(name)
+        if extra is not None:
+            yield f"extra/{name}", extra, parameter
+        if state.average is not None:
+            yield f"average/{name}", state.average.weights[name], parameter
+        kept = {key: _as_tensor(value) for key, value in state.updates.optimizer_state(name).items()}
+        alike = all(value.ndim == 0 or value.shape == own_part(parameter).shape for value in kept.values())
+        shard = "" if alike else f"#{place_of(parameter)[0]}of{state.shards}"
+        for key, value in kept.items():
+            yield f"optimizer/{state.optimizer}/{key}{shard}/{name}", value, parameter if alike and value.ndim else None
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if torch.is_tensor(value) else torch.tensor(value)
+
+
+def _on_host(part: Tensor, like: Tensor | None) -> Tensor:
+    if like is None:
+        return part.detach().to("cpu", copy=True)
+    held = _room(like, part.dtype)
+    own_part(held).copy_(part)
+    return held
+
+
+def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unfilled host memory laid out as a parameter is."""
+    return torch.empty_like(like.detach(), dtype=dtype, device="cpu")
+
+
+def writing_group() -> Any:
+    """A group of all processes, apart from the training's, whose collectives a thread can use while training goes on.
+
+    All processes must ask for it, once.
+    """
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=24))
+
+
+def write(folder: Path, copy: dict[str, Tensor], group: Any) -> None:
+    """Write what `snapshot` gave into `folder`: one file a process, and `.metadata` by the first, last.
+
+    All processes must call it, each with its own snapshot, in the same order. Raises StorageError in all of them when
+    one cannot write.
+    """
+    try:
+        # All lies in host memory, so nothing is copied ahead: that would open GPU 0 in the thread of every process.
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        save(cast(dict[str, Any], copy), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise StorageError(
+            f"{folder}: process {rank} could not write its shard: {first_line(cause)}",
+            hint="free some disk space; earlier checkpoints are untouched",
+        ) from error
+
+
+@torch.no_grad()
+def read_into(folder: Path, state: TrainState) -> None:
+    """Bring weights, optimizer and average to where the checkpoint in `folder` was made.
+
+    A sharded one goes into any number of shards or a whole state; a whole one (weights.safetensors, optimizer.pt) into
+    shards. Each process reads its rows, and none waits for another. Raises ConfigError when it does not fit.
+    """
+    state.settle()
+    source = _read_shards if (folder / ".metadata").is_file() else _read_whole
+    kept: dict[str, dict[str, Any]] = {}
+    for key, part in source(folder, state):
+        kind, *middle, name = key.split("/")
+        if kind == "run":
+            spikes, *state.norms = part.tolist()
+            state.spikes = int(spikes)
+        elif kind == "weights":
+            own_part(state.trained[name]).copy_(part)
+        elif kind == "extra":
+            cast(Tensor, state.updates.extra(name)).copy_(part)
+        elif kind == "average":
+            cast(Average, state.average).weights[name].copy_(part)
+        else:
+            number = part.ndim == 0 and not part.is_floating_point()
+            kept.setdefault(name, {})[middle[-1].split("#")[0]] = part.item() if number else part
+    for name, values in kept.items():
+        state.updates.set_optimizer_state(name, values)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes what `.metadata` is made of and nothing else: a pickled file can run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):  # where it was written
+            return PurePosixPath
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _METADATA:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+
+
+_METADATA = {
+    ("torch", "Size"), ("torch.serialization", "_get_layout"), (FileSystemReader.__module__, "_StorageInfo"),
+    *((Metadata.__module__, name) for name in (
+        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+}  # fmt: skip
+
+
+class _Reader(FileSystemReader):
+    """Reads `.metadata` as `_Unpickler` does."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                return cast(Metadata, _Unpickler(file).load())
+        except pickle.UnpicklingError as error:
+            raise ConfigError(f"{path}: not what a checkpoint writes: {error}", hint="start a new run") from error
+
+
+def _read_shards(folder: Path, state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Key and this process's part of all that a sharded checkpoint holds for it."""
+    stored: Mapping[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
+    sizes = {key: tuple(about.size) for key, about in stored.items()}
+    _require_fit(state, sizes)
+    room: dict[str, Tensor] = {}
+    for key in _needed(state, sizes):
+        like, dtype = state.trained.get(key.rsplit("/", 1)[1]), stored[key].properties.dtype
+        if like is None or not sizes[key]:
+            room[key] = torch.empty(sizes[key], dtype=dtype)
+        elif key.startswith("weights/"):
+            room[key] = like.detach()
+        elif "#" not in key:
+            room[key] = _room(like, dtype)
+        elif f"#{place_of(like)[0]}of" in key:
+            room[key] = torch.empty(sizes[key], dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(cast(dict[str, Any], room), storage_reader=_Reader(folder), no_dist=True)
+    yield from ((key, own_part(value)) for key, value in room.items())
+
+
+def _read_whole(folder: Path, state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Key and this process's part of all that an unsharded checkpoint holds."""
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    with safe_open(folder / "weights.safetensors", framework="pt") as file:
+        found: dict[str, Any] = {f"weights/{name}": file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found |= {f"extra/{name}": value for name, value in saved["updates"]["extra"].items()}
+        found |= {f"average/{name}": value for name, value in saved.get("average", {}).items()}
+        found[f"run/{NORMS}"] = torch.tensor([saved["spikes"], *saved["norms"]], dtype=torch.float64)
+        optimizers = saved["updates"]["optimizers"]
+        for first, optimizer in optimizers.items():
+            names = [first] if len(optimizers) > 1 else list(state.trained)
+            for number, values in optimizer["state"].items():
+                where = f"optimizer/{saved['name']}/{{}}/{names[number]}"
+                found |= {where.format(key): _as_tensor(value) for key, value in values.items()}
+        sizes = {key: tuple(v.shape) if torch.is_tensor(v) else tuple(v.get_shape()) for key, v in found.items()}
+        _require_fit(state, sizes)
+        for key in _needed(state, sizes):
+            like = state.trained.get(key.rsplit("/", 1)[1])
+            one_for_all = like is None or not sizes[key]
+            yield key, found[key] if one_for_all else found[key][_rows(like, state.shards)].clone()
+
+
+def _rows(like: Any, shards: int) -> slice:
+    """The rows of a weight that this process holds: of as many as fit evenly, rounded up; the last may hold fewer."""
+    first = place_of(like)[0] * -(-like.shape[0] // shards)
+    return slice(first, first + own_part(like).shape[0])
+
+
+def _needed(state: TrainState, found: Iterable[str]) -> list[str]:
+    """The keys that the state has a place for: an average may be left out."""
+    return [key for key in found if state.average is not None or not key.startswith("average/")]
+
+
+def _require_fit(state: TrainState, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConfigError unless a checkpoint with entries of these shapes can be read into the state."""
+    wanted = {key: shape for key, shape in found.items() if key.startswith("run/")}
+    for name, parameter in state.trained.items():
+        wanted[f"weights/{name}"] = tuple(parameter.shape)
+        if state.updates.extra(name) is not None:
+            wanted[f"extra/{name}"] = tuple(parameter.shape)
+        if state.average is not None:
+            wanted[f"average/{name}"] = tuple(parameter.shape)
+    entries = {key: found[key] for key in _needed(state, found) if not key.startswith("optimizer/")}
+    if entries != wanted:
+        odd = min(key for key in wanted.keys() | entries.keys() if wanted.get(key) != entries.get(key))
+        raise ConfigError(
+            f"the checkpoint is of another run; first: `{odd}` is {entries.get(odd, 'missing')}, expected "
+            f"{wanted.get(odd, 'no such entry')}",
+            hint="resume with the `model`, `optim` and `full` settings that it was made with",
+        )
+    for key, shape in found.items():
+        kind, *middle, name = key.split("/")
+        if kind != "optimizer":
+            continue
+        if middle[0] != state.optimizer:
+            raise ConfigError(
+                f"the checkpoint was made by {middle[0]}, this run's optimizer is {state.optimizer}",
+                hint=f"set `optim.name: {middle[0]}`",
+            )
+        cut = middle[1].partition("#")[2]
+        if (cut and not cut.endswith(f"of{state.shards}")) or (
+            not cut and shape not in ((), wanted[f"weights/{name}"])
+        ):
+            made_in = cut.partition("of")[2] or "1"
+            raise ConfigError(
+                f"the checkpoint holds {state.optimizer}'s state of `{name}` in blocks, cut for {made_in} "
+                f"processes to a node, and this run has {state.shards}",
+                hint="resume with as many processes, or start a new run with another `output`; adamw's state can be "
+                "cut anew",
+            )
+
+
+# --- The end of a run. ---
+
+
+@torch.no_grad()
+def gather(state: TrainState, family: Family, config: RunConfig) -> TrainState | None:
+    """Put the tuned model together in the main process alone: a whole state as of one process; None in the others.
+
+    Weights, what is kept beside them and their average come one at a time, so no device ever holds them all but the
+    main one, at last. The sharded state is taken apart and its memory given back: it cannot be used afterwards.
+    """
+    whole = _whole_like(state, family, config) if state.accelerator.is_main_process else None
+    into = dict(whole.bare.named_parameters()) if whole else {}
+    for name, parameter in state.bare.named_parameters():
+        _put_together(own_part(parameter), parameter, into.get(name))
+        if name not in state.trained:
+            continue
+        extra = state.updates.extra(name)
+        if extra is not None:
+            _put_together(extra, parameter, whole.updates.extra(name) if whole else None)
+        if state.average is not None:
+            held = whole.average.weights[name] if whole and whole.average else None
+            _put_together(state.average.weights[name], parameter, held)
+    state.denoiser = state.bare = nn.Module()
+    state.trained, state.updates, state.average = {}, Updates({}, _never), None
+    state.accelerator.free_memory()
+    release_memory()
+    if whole:
+        whole.bare.to(whole.accelerator.device)
+    return whole
+
+
+def _whole_like(state: TrainState, family: Family, config: RunConfig) -> TrainState:
+    """The state of one process, in host memory; its numbers are the base's."""
+    dtype = next(state.bare.parameters()).dtype
+    denoiser = family.load_denoiser(torch.device("cpu"), dtype)
+    parameters = dict(denoiser.named_parameters())
+    trained = {name: parameters[name] for name in state.trained}
+    average = None
+    if state.average is not None:
+        average = Average(trained, config.optim.ema_decay or 0.0, config.optim.ema_every)
+    updates = Updates(trained, _never, rounding=config.full.rounding)
+    return replace(
+        state, denoiser=denoiser, bare=denoiser, trained=trained, updates=updates, average=average, shards=1
+    )  # fmt: skip
+
+
+def _never(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimizer for weights that are not moved any more."""
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def _put_together(part: Tensor, like: Any, into: Tensor | None) -> None:
+    """Copy all processes' parts of what is laid out as `like` into one tensor, where there is one."""
+    mesh, rows = like.device_mesh, like.placements
+    whole = DTensor.from_local(part, mesh, rows, shape=like.shape, stride=like.stride()).full_tensor()
+    if into is not None:
+        into.copy_(whole)
