@@ -30,7 +30,6 @@ FREE_TO_CHANGE = {
 `layout`; the pictures may move, since their digest tells them."""
 NEEDED = {
     *("finetune_type", "lora_rank", "lora.targets", "full.train", "full.rounding", "optim.name", "optim.ema_decay"),
-    "weights moved in the backward pass",
 }
 """Without these a checkpoint's numbers fit nothing."""
 BASE, ENCODED = "base model", "encoded pictures and captions"

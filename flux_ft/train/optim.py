@@ -60,12 +60,14 @@ class Row:
     """A package that has to be installed."""
     takes_rows: bool = True
     """Whether it moves some rows of a matrix as it would among all of them."""
+    in_blocks: bool = False
+    """Whether its state is kept in blocks of numbers, which shards of another size would cut."""
 
 
 OPTIMIZERS = {
     "adamw": Row(_adamw, 8),
-    "adamw8bit": Row(_adamw8bit, 2.04, "bitsandbytes"),
-    "paged-adamw8bit": Row(partial(_adamw8bit, paged=True), 2.04, "bitsandbytes"),
+    "adamw8bit": Row(_adamw8bit, 2.04, "bitsandbytes", in_blocks=True),
+    "paged-adamw8bit": Row(partial(_adamw8bit, paged=True), 2.04, "bitsandbytes", in_blocks=True),
     "adafactor": Row(_adafactor, 0.01, takes_rows=False),
 }
 LARGE_PARAMETERS = 1_000_000_000
@@ -259,6 +261,11 @@ class Updates:
         if not self._moved[name].numel():
             return None
         return self._optimizers[name] if self._alone else next(iter(self._optimizers.values()))
+
+    @property
+    def groups(self) -> set[str]:
+        """The weights that `state_dict` names its optimizers by: of each the first that it moves."""
+        return set(self._optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers alone."""

@@ -111,11 +111,12 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
 
 def restore(state: TrainState, saved: checkpoint.Saved) -> None:
     """Bring `state` to where the checkpoint was made. Raises ConfigError when it is of other weights."""
-    if saved.is_sharded or state.shards > 1:
-        sharded.read_into(saved.path, state)
+    found = None if saved.is_sharded or state.shards > 1 else saved.read()
+    if found is None or found.optimizer["updates"]["optimizers"].keys() != state.updates.groups:
+        sharded.read_into(saved.path, state)  # weight by weight, however they were grouped
         state.step = saved.about.step
     else:
-        put_back(state, saved.about.step, saved.read())
+        put_back(state, saved.about.step, found)
     log.say(f"resumed from step {state.step}")
 
 

@@ -41,7 +41,7 @@ from flux_ft.config import RunConfig
 from flux_ft.errors import ConfigError, StorageError, first_line
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
-from flux_ft.train.optim import Average, Updates, own_part, place_of
+from flux_ft.train.optim import OPTIMIZERS, Average, Updates, own_part, place_of
 
 if TYPE_CHECKING:
     from flux_ft.train.setup import TrainState
@@ -55,7 +55,9 @@ def shards_wanted(config: RunConfig, world: int) -> int:
     if config.finetune_type != "full" or world == 1:
         return 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return local if local > 1 and world % local == 0 else world
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    alike = world % local == 0 and nodes in (1, world // local)  # all processes must come to the same
+    return local if local > 1 and alike else world
 
 
 def shard_options(shards: int, world: int) -> dict[str, Any]:
@@ -131,8 +133,8 @@ def snapshot(state: TrainState) -> dict[str, Tensor]:
     """A copy of what a sharded checkpoint holds, in host memory: this process's rows, as DTensors, and single numbers.
 
     Weights, what is kept beside them, the average and the optimizer's state are laid out as the weights are, so any
-    number of processes can read them. State that is not as large as its weight, the scales of 8-bit AdamW's blocks,
-    is kept a shard, with "#0of4" in its key, and can be read by as many shards alone.
+    number of processes can read them. State in blocks, as 8-bit AdamW's, is kept a shard, with "#0of4" in its key, and
+    can be read by as many shards alone.
     """
     return {key: _on_host(part, like) for key, part, like in _entries(state)}
 
@@ -147,11 +149,12 @@ def _entries(state: TrainState) -> Iterator[tuple[str, Tensor, Tensor | None]]:
             yield f"extra/{name}", extra, parameter
         if state.average is not None:
             yield f"average/{name}", state.average.weights[name], parameter
-        kept = {key: _as_tensor(value) for key, value in state.updates.optimizer_state(name).items()}
-        alike = all(value.ndim == 0 or value.shape == own_part(parameter).shape for value in kept.values())
-        shard = "" if alike else f"#{place_of(parameter)[0]}of{state.shards}"
-        for key, value in kept.items():
-            yield f"optimizer/{state.optimizer}/{key}{shard}/{name}", value, parameter if alike and value.ndim else None
+        in_blocks = OPTIMIZERS[state.optimizer].in_blocks
+        shard = f"#{place_of(parameter)[0]}of{state.shards}" if in_blocks else ""
+        for key, held in state.updates.optimizer_state(name).items():
+            value = _as_tensor(held)
+            like = parameter if value.ndim and not in_blocks else None
+            yield f"optimizer/{state.optimizer}/{key}{shard}/{name}", value, like
 
 
 def _as_tensor(value: Any) -> Tensor:
@@ -303,8 +306,8 @@ def _read_whole(folder: Path, state: TrainState) -> Iterator[tuple[str, Tensor]]
 
 
 def _rows(like: Any, shards: int) -> slice:
-    """The rows of a weight that this process holds: of as many as fit evenly, rounded up; the last may hold fewer."""
-    first = place_of(like)[0] * -(-like.shape[0] // shards)
+    """The rows of a weight that this process holds: all, or its share, rounded up; the last may hold fewer."""
+    first = sum(place_of(like)) * -(-like.shape[0] // shards)
     return slice(first, first + own_part(like).shape[0])
 
 

@@ -147,6 +147,19 @@ def test_the_states_size_is_as_the_table_says(name):
     assert held / weight.numel() == pytest.approx(OPTIMIZERS[name].state_bytes, rel=0.03, abs=0.05)
 
 
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.takes_rows])
+def test_the_table_knows_which_state_is_in_blocks(name):
+    """All other state is of the weight's shape, or a single number, so that shards can be cut anew."""
+    weight = nn.Parameter(torch.ones(128, 256))
+    updates = Updates({"weight": weight}, optimizer_named(name))
+    weight.grad = torch.ones_like(weight)
+    updates.finish()
+    state = [value for value in updates.optimizer_state("weight").values() if torch.is_tensor(value)]
+    alike = all(value.ndim == 0 or value.shape == weight.shape for value in state)
+    assert len(state) > 1
+    assert alike != OPTIMIZERS[name].in_blocks
+
+
 def test_set_rate_reaches_every_group():
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [one]} for one in weights], lr=1.0)
