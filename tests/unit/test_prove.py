@@ -22,7 +22,7 @@ from flux_ft.adapters.extract import Options, extract
 from flux_ft.data.cache import ExampleRow, Examples
 from flux_ft.families.base import Family
 from flux_ft.train.loop import TRAIN_GUIDANCE, VALIDATION_SIGMAS
-from flux_ft.train.preview import PreviewPlan, draw_previews, write_previews
+from flux_ft.train.preview import PreviewPlan, draw_previews, has_previews, write_previews
 from flux_ft.train.prove import (
     EXAMPLES_AT_MOST,
     Proof,
@@ -381,15 +381,19 @@ class TestPictures:
         images.close()
         assert model.training
 
-    def test_a_full_disk_leaves_the_model_as_it_was(
+    def test_what_the_disk_refuses_is_told_and_left_out(
         self,
         tiny_family: Family,
         base: nn.Module,
         plan: PreviewPlan,
         tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
+        """Training goes on, the model is as it was, and nothing takes half of the previews for whole ones."""
         model = copy.deepcopy(base).train()
-        (tmp_path / "step-000001").write_text("in the way")
-        with pytest.raises(Exception, match="cannot write"):
-            write_previews(plan, tiny_family, model, tiny_family.load_vae(CPU, FP32), tmp_path, 1)
+        (tmp_path / "step-000001" / "00.png").mkdir(parents=True)
+        written = write_previews(plan, tiny_family, model, tiny_family.load_vae(CPU, FP32), tmp_path, 1)
+        assert [path.name for path in written] == [f"{index:02d}.png" for index in range(1, len(plan.conds))]
+        assert capsys.readouterr().err.count("the preview is left out") == 1
+        assert not has_previews(tmp_path, 1, plan)
         assert model.training
