@@ -340,7 +340,7 @@ class RunConfig(Section):
     """Train every weight and extract a LoRA afterwards, or train a LoRA alone; cannot be switched off."""
     lora_rank: int = Field(default=32, ge=1, le=256)
     """Rank of the LoRA that is trained or extracted, 1 to 256; cannot be switched off."""
-    iterations: int = Field(default=300, ge=1)
+    iterations: int = Field(default=300, ge=1, le=999_999)
     """Length of the run in optimizer steps; `1` is the least."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Step size; `null` = 1e-5 for a full fine-tune and 1e-4 for a LoRA."""
@@ -451,6 +451,15 @@ def contradictions(config: RunConfig) -> tuple[Contradiction, ...]:
                 "make `schedule.warmup_steps` smaller or `iterations` larger",
             )
         )
+    if config.optim.ema_decay is not None and config.optim.ema_every > config.iterations:
+        found.append(
+            Contradiction(
+                ("optim.ema_every", "iterations"),
+                f"`optim.ema_every` is {config.optim.ema_every}, but the run ends after `iterations`, "
+                f"{config.iterations}: the average, which is what is exported, would be the base model",
+                "make `optim.ema_every` smaller or `iterations` larger",
+            )
+        )
     fraction = config.validation.fraction
     if fraction > 0 and config.validation.every is None:
         found.append(
@@ -489,7 +498,7 @@ def _impossible_memory(config: RunConfig) -> Iterator[Contradiction]:
         yield Contradiction(
             ("optim.spike_factor", key),
             f"`optim.spike_factor` leaves a step out once all gradients are known; `{key}` has moved weights by then",
-            f"leave one of the two out; without `{key}` the gradients of all weights stay in memory",
+            f"leave out `optim.spike_factor` or `{key}`; without the latter all gradients stay in memory",
         )
     if memory.stream_blocks and memory.recompute in ("none", "selective"):
         yield Contradiction(

@@ -11,8 +11,9 @@ manifest of their sizes and SHA-256; then the folder is renamed and its parent f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,24 +83,38 @@ class Saved:
         )
 
 
-def save(folder: Path, about: About, state: State, keep: int) -> Path:
-    """Write `folder/step-…` and remove all but the newest `keep`. Raises StorageError; older ones then stay."""
+def save(folder: Path, about: About, state: State, keep: int, torn: Sequence[Path] = ()) -> Path:
+    """Write `folder/step-…` and remove all but the newest `keep`, and those that were found `torn`.
+
+    Raises StorageError; older ones then stay.
+    """
 
     def write(staging: Path) -> None:
         save_file(state.weights, staging / WEIGHTS)
         torch.save(state.optimizer, staging / OPTIMIZER)
+        shutil.copymode(staging / OPTIMIZER, staging / WEIGHTS)  # safetensors lets none but the owner read
 
-    return commit(folder, about, write, keep, state.nbytes)
+    return commit(folder, about, write, keep, state.nbytes, torn)
 
 
-def commit(folder: Path, about: About, write: Callable[[Path], None], keep: int, need_bytes: int = 0) -> Path:
+def commit(
+    folder: Path,
+    about: About,
+    write: Callable[[Path], None],
+    keep: int,
+    need_bytes: int = 0,
+    torn: Sequence[Path] = (),
+) -> Path:
     """Make the checkpoint of the files that `write` puts into the folder it is given; see `save`."""
     target = folder / f"step-{about.step:06d}"
     staging = target.with_name(target.name + ".partial")
     try:
         for stray in folder.glob("step-*.partial"):  # a kill left it
             shutil.rmtree(stray, ignore_errors=True)
+        is_first = not folder.exists()
         staging.mkdir(parents=True)
+        if is_first:
+            sync(folder.parent)
         free = shutil.disk_usage(staging).free
         if free < need_bytes + SPARE_BYTES:
             raise OSError(f"it takes {need_bytes / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free")
@@ -111,7 +126,7 @@ def commit(folder: Path, about: About, write: Callable[[Path], None], keep: int,
         manifest.write_bytes(seal({**asdict(about), "files": described}))
         sync(manifest)
         sync(staging)
-        shutil.rmtree(target, ignore_errors=True)
+        _discard(target)
         staging.rename(target)
         sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -122,10 +137,13 @@ def commit(folder: Path, about: About, write: Callable[[Path], None], keep: int,
             f"{target}: the checkpoint could not be written: {error}",
             hint="free some disk space; earlier checkpoints are untouched, and --resume goes on from the newest",
         ) from error
+    for useless in torn:
+        if useless != target:
+            _discard(useless)
     steps = sorted(folder.glob("step-??????"))
     # What lies after this step was passed over as torn, or this step would not have been reached again.
     for old in [*steps[: max(0, steps.index(target) + 1 - keep)], *steps[steps.index(target) + 1 :]]:
-        shutil.rmtree(old, ignore_errors=True)
+        _discard(old)
     return target
 
 
@@ -171,6 +189,12 @@ def _verified(path: Path) -> About:
             if found:
                 raise ValueError(found)
     return about
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; a kill may not leave half of it under its name."""
+    with suppress(OSError):
+        shutil.rmtree(path.rename(path.with_name(path.name + ".old.partial")))
 
 
 def _settle(path: Path) -> dict[str, Any]:

@@ -74,7 +74,8 @@ class Acts:
     log: Callable[[StepResult], None]
     validate: Callable[[int], None]
     preview: Callable[[int], None]
-    save: Callable[[int], None]
+    save: Callable[[int, bool], None]
+    """Given as well whether by a wish, and not only because it is due."""
     wish: Callable[[], Wish]
 
 
@@ -114,7 +115,7 @@ def train_steps(
             every = config.checkpoint.every
             # Saved before anything that takes long: who stops a run may not wait for its pictures.
             if wish >= Wish.SAVE or (every is not None and (done or due(state.step, every))):
-                acts.save(state.step)
+                acts.save(state.step, wish >= Wish.SAVE)
             if done or due(state.step, config.validation.every):
                 acts.validate(state.step)
             if done or due(state.step, config.preview.every):

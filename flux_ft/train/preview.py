@@ -24,7 +24,7 @@ from flux_ft.infer.sampler import initial_noise, sample_latents
 from flux_ft.types import TextCond
 
 PROMPTS_FILE = "prompts.json"
-"""Written last into a step's folder: without it the step's previews are not whole."""
+"""Written last into a step's folder: without it, or a picture, the step's previews are not whole."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def preview_grid(folder: Path, prompts: tuple[str, ...], max_rows: int = 8) -> I
 
 
 def _prompts_of(folder: Path) -> list[str] | None:
-    """What a step's previews were asked for; a resumed run may have other prompts than before."""
+    """What a step's previews were asked for, if all are there; a resumed run may have other prompts than before."""
     try:
         prompts: list[str] = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
-        return prompts
+        return prompts if all((folder / f"{i:02d}.png").is_file() for i in range(len(prompts))) else None
     except (OSError, ValueError):
         return None

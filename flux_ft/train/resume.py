@@ -30,8 +30,9 @@ SAMPLE = 4096
 def require_space(folder: Path, state: TrainState, config: RunConfig) -> None:
     """Raise StorageError unless checkpoints, exports and pictures will fit; say the need where it is not small."""
     one, exports = checkpoint_bytes(state, config), export_bytes(state, config)
-    saved = 0 if config.checkpoint.every is None else one * (config.checkpoint.keep + 1)
-    need = saved + exports + 20_000_000
+    present = len(list(folder.glob("checkpoints/step-??????")))  # they make room for those to come
+    saved = 0 if config.checkpoint.every is None else one * max(1, config.checkpoint.keep + 1 - present)
+    need = saved + exports + checkpoint.SPARE_BYTES
     free = shutil.disk_usage(folder).free
     told = (
         f"{need / 1e9:.2f} GB, of which checkpoints {saved / 1e9:.2f} GB ({config.checkpoint.keep} kept, one more "
@@ -183,6 +184,9 @@ class Keeper:
     def __init__(self, state: TrainState, config: RunConfig, about: checkpoint.About) -> None:
         self._state, self._config, self._about = state, config, about
         self._first = None if about.step else samples(state)
+        folder = config.output_dir / "checkpoints"
+        # Nothing newer than what the run goes on from is whole.
+        self._torn = [path for path in folder.glob("step-??????") if int(path.name[5:]) > about.step]
         self._group = sharded.writing_group() if state.shards > 1 else None
 
     def job(self, step: int) -> Job:
@@ -201,7 +205,7 @@ class Keeper:
         # Where a copy has no room beside what is there already, as when blocks are streamed, training waits instead.
         beside = need * 1.2 < psutil.virtual_memory().available
         taken = snapshot(state, copy=beside)
-        return Job(lambda: checkpoint.save(folder, about, taken, keep), beside)
+        return Job(lambda: checkpoint.save(folder, about, taken, keep, self._torn), beside)
 
     def _write_together(
         self, folder: Path, about: checkpoint.About, shard: dict[str, torch.Tensor], keep: int, need: int
@@ -221,7 +225,7 @@ class Keeper:
 
             error = None
             try:
-                checkpoint.commit(folder, about, write, keep, need)
+                checkpoint.commit(folder, about, write, keep, need, self._torn)
             except StorageError as failure:
                 error = failure
             if not began:

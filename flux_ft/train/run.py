@@ -168,7 +168,7 @@ def _train(
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
     if config.logging.trackers:
         accelerator.init_trackers("flux_ft", init_kwargs={"wandb": {"name": config.slug, "dir": str(folder)}})
-    saver = Saver(Keeper(state, config, about).job)
+    saver = Saver(Keeper(state, config, about).job, saved_step=None if found is None else about.step)
     with stop_requests() as should_stop, saver, Recorder(folder, state, config) as recorder:
 
         def wish() -> Wish:

@@ -39,14 +39,15 @@ class Saver:
         *,
         clock: Callable[[], float] = time.monotonic,
         again_after: tuple[float, ...] = AGAIN_AFTER_S,
+        saved_step: int | None = None,
     ) -> None:
         self._prepare, self._clock, self._again_after = prepare, clock, again_after
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._step, self._started, self._ended = 0, 0.0, 0.0
         self._failures, self._again_at = 0, 0.0
-        self.saved_step: int | None = None
-        """The last step that is known to be saved by this run."""
+        self.saved_step = saved_step
+        """The last step that is known to be saved; at first that of the checkpoint that the run goes on from."""
         self.longest_s = 0.0
         """That a save has taken."""
 
@@ -54,12 +55,22 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is None or not issubclass(kind, KeyboardInterrupt):  # who presses Ctrl-C twice does not wait
+        if kind is None:
             self._join()
+        elif not issubclass(kind, KeyboardInterrupt) and self._thread is not None:
+            self._thread.join()  # its own failure would hide the first; who presses Ctrl-C twice does not wait
 
-    def save(self, step: int) -> None:
-        """Begin to save the state after `step` steps; waits while an earlier one is still being written."""
+    def save(self, step: int, at_once: bool = True) -> None:
+        """Begin to save the state after `step` steps; waits while an earlier one is still being written.
+
+        Unless `at_once`, nothing is begun after a failure, which has its own time to be tried again: not asked of the
+        clock here, since processes that write together must all begin or none.
+        """
         self._join()
+        if at_once or self._error is None:
+            self._begin(step)
+
+    def _begin(self, step: int) -> None:
         self._step, self._started, self._error = step, self._clock(), None
         job = self._prepare(step)
 
@@ -94,7 +105,7 @@ class Saver:
         self._join(tries_later=False)
         for _ in range(AT_ONCE):
             if self.saved_step != step:
-                self.save(step)
+                self._begin(step)
                 self._join(tries_later=False)
         if self._error is not None:
             raise self._error

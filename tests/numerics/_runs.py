@@ -45,7 +45,7 @@ class Run:
     def acts(self, **changed: Any) -> Acts:
         quiet: dict[str, Any] = {
             "log": self.results.append, "validate": lambda step: None, "preview": lambda step: None,
-            "save": lambda step: None, "wish": lambda: Wish.GO_ON,
+            "save": lambda step, _: None, "wish": lambda: Wish.GO_ON,
         }  # fmt: skip
         return Acts(**(quiet | changed))
 
@@ -58,7 +58,7 @@ class Run:
         finished = train_steps(
             self.state, self.family, self.config, self.data, self.prior,
             self.acts(
-                save=lambda at: self.save(folder, at),
+                save=lambda at, _: self.save(folder, at),
                 wish=lambda: Wish.STOP if self.state.step == step else Wish.GO_ON,
             ),
         )  # fmt: skip

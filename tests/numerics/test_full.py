@@ -205,7 +205,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_unsaved(
     monkeypatch.setattr(loop, "flow_loss", odd)
     saved: list[int] = []
     with pytest.raises(NonFiniteError, match="the gradient of step 2"):
-        run.train(save=saved.append)
+        run.train(save=lambda step, _: saved.append(step))
     assert saved == []
     assert len(run.results) == 1
 

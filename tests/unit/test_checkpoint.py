@@ -305,6 +305,16 @@ def test_a_file_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
     assert_same(newest(tmp_path), made(5))
 
 
+def test_torn_ones_do_not_count_among_those_that_are_kept(tmp_path: Path) -> None:
+    """Gone on from step 10 past a torn step 13: after the next save two whole ones are there."""
+    for step in (10, 13):
+        save(tmp_path, made(step), keep=2)
+    torn = tmp_path / "step-000013"
+    empty(torn / "optimizer.pt")
+    checkpoint.save(tmp_path, *made(15), 2, [torn])
+    assert names(tmp_path) == ["step-000010", "step-000015"]
+
+
 # --- Sealed. ---
 
 
