@@ -16,15 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from flux_ft.errors import StorageError
 from flux_ft.files import describe, seal, sync, unseal
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.pt"
 SHARDED = ".metadata"
@@ -70,17 +71,6 @@ class Saved:
 
     path: Path
     about: About
-
-    @property
-    def is_sharded(self) -> bool:
-        return (self.path / SHARDED).is_file()
-
-    def read(self) -> State:
-        """All of it, of a checkpoint that is not sharded."""
-        return State(
-            weights=load_file(self.path / WEIGHTS),
-            optimizer=torch.load(self.path / OPTIMIZER, map_location="cpu", weights_only=True),
-        )
 
 
 def save(folder: Path, about: About, state: State, keep: int, torn: Sequence[Path] = ()) -> Path:
@@ -129,9 +119,9 @@ def commit(
         _discard(target)
         staging.rename(target)
         sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, StorageError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITES):
+        if not is_of_disk(error):
             raise
         raise StorageError(
             f"{target}: the checkpoint could not be written: {error}",
@@ -147,8 +137,18 @@ def commit(
     return target
 
 
+def is_of_disk(error: BaseException) -> bool:
+    """Whether a write has failed for want of a disk that takes it, and not of sense."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _TORCH_WRITES)
+    return isinstance(error, OSError | SafetensorError)
+
+
 def latest(folder: Path) -> tuple[Saved | None, list[str]]:
-    """The newest whole checkpoint in `folder`, or None; and a sentence about each that was passed over as torn."""
+    """The newest whole checkpoint in `folder`, or None; and a sentence about each that was passed over as torn.
+
+    Raises StorageError when one cannot be read: it may be whole.
+    """
     passed_over: list[str] = []
     for path in sorted(folder.glob("step-??????"), reverse=True):
         try:
@@ -170,25 +170,37 @@ def find_fault(path: Path) -> str | None:
 def _verified(path: Path) -> About:
     """What the manifest says. Raises ValueError unless it is whole and every file is as it says."""
     try:
-        manifest = unseal((path / MANIFEST).read_bytes())
+        manifest = unseal(_there(path / MANIFEST, Path.read_bytes))
         described = dict(manifest.pop("files"))
         about = About(**manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} is missing or unreadable") from error
     if f"step-{about.step:06d}" != path.name or not (described.keys() >= {WEIGHTS, OPTIMIZER} or SHARDED in described):
         raise ValueError(f"{MANIFEST} is not this checkpoint's")
 
     def fault(name: str) -> str | None:
         try:
-            return None if describe(path / name) == described[name] else f"{name} was altered"
-        except OSError as error:
-            return f"{name} is missing or unreadable: {error.strerror}"
+            return None if _there(path / name, describe) == described[name] else f"{name} was altered"
+        except ValueError as missing:
+            return str(missing)
 
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         for found in pool.map(fault, sorted(described)):
             if found:
                 raise ValueError(found)
     return about
+
+
+def _there(path: Path, read: Callable[[Path], T]) -> T:
+    """What `read` makes of a file. Raises ValueError when there is none, StorageError when it cannot be read now."""
+    try:
+        return read(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise ValueError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be read: {error.strerror or error}", hint="see to the disk; nothing was changed on it"
+        ) from error
 
 
 def _discard(path: Path) -> None:

@@ -24,12 +24,13 @@ FREE_TO_CHANGE = {
     *("webhook_url", "webhook_secret", "captioner", "priority", "determinism"),
     *(f"memory.{name}" for name in ("recompute", "fused_backward", "stream_blocks")),
     *(f"data.{name}" for name in DataConfig.model_fields if name not in DATA_IN_LOOP),
-    *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate"),
+    *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate", "optim.name"),
 }
 """Settings that may change between a stop and a resume. What matters of the last row is told by `run_fingerprint` and
-`layout`; the pictures may move, since their digest tells them."""
+`layout`, and `restore` compares what `optim.name: auto` stands for; the pictures may move, since their digest tells
+them."""
 NEEDED = {
-    *("finetune_type", "lora_rank", "lora.targets", "full.train", "full.rounding", "optim.name", "optim.ema_decay"),
+    *("finetune_type", "lora_rank", "lora.targets", "full.train", "full.rounding", "optim.ema_decay"),
 }
 """Without these a checkpoint's numbers fit nothing."""
 BASE, ENCODED = "base model", "encoded pictures and captions"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flux_ft import flow, log
@@ -94,10 +95,11 @@ def train_steps(
     world = state.accelerator.num_processes
     global_batch = config.optim.batch_size * config.optim.accumulate * world
     plan = BatchPlan([row.bucket for row in data.examples.rows], global_batch, config.iterations, config.seed)
-    # At the first step, and at the step of a checkpoint after which the run was killed.
-    if state.step == 0 or due(state.step, config.preview.every):
+    # At the first step, and at a checkpoint's, after which the run was stopped or killed.
+    is_end = state.step in (0, config.iterations)
+    if is_end or due(state.step, config.preview.every):
         acts.preview(state.step)
-    if state.step == 0 or due(state.step, config.validation.every):
+    if is_end or due(state.step, config.validation.every):
         acts.validate(state.step)
     share = share_of(state.accelerator)
 
@@ -116,13 +118,26 @@ def train_steps(
             # Saved before anything that takes long: who stops a run may not wait for its pictures.
             if wish >= Wish.SAVE or (every is not None and (done or due(state.step, every))):
                 acts.save(state.step, wish >= Wish.SAVE)
+            if wish is Wish.STOP:  # a resumed run measures and draws what is due at its first step
+                return False
             if done or due(state.step, config.validation.every):
                 acts.validate(state.step)
             if done or due(state.step, config.preview.every):
                 acts.preview(state.step)
-            if wish is Wish.STOP:
-                return False
     return True
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether a flag is up in any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+
+
+def of_all_processes(accelerator: Accelerator, names: Sequence[str]) -> list[str]:
+    """The names that each process has, those of the first process first."""
+    every: list[str] = gather_object(list(names))
+    return every
 
 
 def strongest(accelerator: Accelerator, wish: Wish) -> Wish:
@@ -171,20 +186,20 @@ def training_step(
             sigmas.append(sigma_B)
             names += batch.names
             if state.updates.fused_backward:  # the last moment at which no weight has moved
-                refuse_non_finite(torch.cat(losses), 0.0, names, state.step)
+                refuse_non_finite(torch.cat(losses), 0.0, names, state.step, accelerator)
             accelerator.backward(total)
             if accelerator.sync_gradients:
                 norm = gradient_norm(state, config.optim.max_grad_norm or math.inf)
-                refuse_non_finite(torch.cat(losses), norm, names, state.step)
+                every_loss = accelerator.gather(torch.cat(losses))
+                refuse_non_finite(every_loss, norm, names, state.step, accelerator)
                 left_out = is_spike(state, config.optim.spike_factor, norm, names)
                 state.updates.finish(move=not left_out)
     if state.average is not None and state.average.due(state.step + 1):
         state.settle()
         state.average.update(state.step + 1, state.updates.precise)
-    loss = float(accelerator.gather(torch.cat(losses)).mean())
     return StepResult(
         step=state.step + 1,
-        loss=loss,
+        loss=float(every_loss.mean()),
         grad_norm=norm,
         learning_rate=rate,
         sigma=float(torch.cat(sigmas).mean()),
@@ -215,6 +230,7 @@ def is_spike(state: TrainState, factor: float | None, norm: float, names: Sequen
         return False
     state.spikes += 1
     told = f"step {state.step + 1} is left out: its gradient's norm is {norm:.3g}, the usual one {usual:.3g}"
+    names = of_all_processes(state.accelerator, names)
     which = f"Pictures: {some_of(list(dict.fromkeys(names)))}"
     if state.spikes > SPIKES_AT_MOST:
         raise NumbersError(
@@ -349,10 +365,14 @@ def predict(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor,
     return family.predict_velocity(state.denoiser, z_BCHW, sigma_B, text, TRAIN_GUIDANCE)
 
 
-def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: int) -> None:
-    """Raise NonFiniteError, naming the pictures, unless every loss and the gradient's norm are finite."""
+def refuse_non_finite(losses: Tensor, norm: float, names: Sequence[str], step: int, accelerator: Accelerator) -> None:
+    """Raise NonFiniteError, naming the pictures, unless every loss of all processes and the norm are finite.
+
+    `names` are this process's pictures; `losses` and `norm` the same in every process, so that all raise or none does.
+    """
     if math.isfinite(norm) and bool(torch.isfinite(losses).all()):
         return
+    names = of_all_processes(accelerator, names)
     bad = [name for name, loss in zip(names, losses.tolist(), strict=True) if not math.isfinite(loss)]
     what, which = ("loss", bad) if bad else ("gradient", names)
     raise NonFiniteError(

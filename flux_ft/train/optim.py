@@ -7,8 +7,7 @@ to nearest would lose it. So every such weight is widened to float32, moved, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -262,26 +261,12 @@ class Updates:
             return None
         return self._optimizers[name] if self._alone else next(iter(self._optimizers.values()))
 
-    @property
-    def groups(self) -> set[str]:
-        """The weights that `state_dict` names its optimizers by: of each the first that it moves."""
-        return set(self._optimizers)
-
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers alone."""
+        """All that is kept of the weights, by their names: tensors and numbers, themselves and not copies."""
         return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()},
+            "state": {name: self.optimizer_state(name) for name in self._trained},
             "extra": {name: extra for name, extra in self._extra.items() if extra is not None},
         }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave. Raises KeyError when it is of other parameters."""
-        with _as_moved(self._moved.values(), self._device):
-            for name, optimizer in self._optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
-        for name, extra in self._extra.items():
-            if extra is not None:
-                extra.copy_(state["extra"][name])
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -314,19 +299,6 @@ class Updates:
         seed = key_seed(self._seed, "rounding", self._step, name, *place_of(self._trained[name]))
         generator = torch.Generator(weight.device).manual_seed(seed)
         self._rounding.narrow(wide, weight, extra, generator)
-
-
-@contextmanager
-def _as_moved(parameters: Iterable[nn.Parameter], device: torch.device | None) -> Iterator[None]:
-    """Within, parameters are float32 on `device`: optimizers cast what they load to the weights' dtype and device."""
-    kept = [(parameter, parameter.data) for parameter in parameters]
-    for parameter, weight in kept:
-        parameter.data = torch.empty(0, dtype=torch.float32, device=device or weight.device)
-    try:
-        yield
-    finally:
-        for parameter, weight in kept:
-            parameter.data = weight
 
 
 class Average:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -17,7 +17,9 @@ from flux_ft import log
 from flux_ft.adapters.formats import EXPORT_DTYPES
 from flux_ft.config import RunConfig
 from flux_ft.errors import ConfigError, FluxFTError, NumbersError, StorageError
+from flux_ft.infer.fit import host_bytes
 from flux_ft.train import checkpoint, sharded
+from flux_ft.train.loop import any_process
 from flux_ft.train.optim import OPTIMIZERS, ROUNDINGS, own_part
 from flux_ft.train.saving import Job
 from flux_ft.train.setup import TrainState
@@ -110,45 +112,6 @@ def decided_by_main(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     return cast(T, decided)
 
 
-def restore(state: TrainState, saved: checkpoint.Saved) -> None:
-    """Bring `state` to where the checkpoint was made. Raises ConfigError when it is of other weights."""
-    found = None if saved.is_sharded or state.shards > 1 else saved.read()
-    if found is None or found.optimizer["updates"]["optimizers"].keys() != state.updates.groups:
-        sharded.read_into(saved.path, state)  # weight by weight, however they were grouped
-        state.step = saved.about.step
-    else:
-        put_back(state, saved.about.step, found)
-    log.say(f"resumed from step {state.step}")
-
-
-def put_back(state: TrainState, step: int, found: checkpoint.State) -> None:
-    """Bring `state` to these numbers of `step`. Raises ConfigError when they are of other weights."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in state.trained.items()}
-    saved = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
-    if shapes != saved:
-        odd = min(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-        raise ConfigError(
-            f"the checkpoint of step {step} holds other weights than this run trains; first: `{odd}` is "
-            f"{saved.get(odd, 'missing')}, expected {shapes.get(odd, 'no such weight')}",
-            hint="resume with the `model`, `lora` and `full` settings that it was made with",
-        )
-    if found.optimizer["name"] != state.optimizer:
-        raise ConfigError(
-            f"the checkpoint of step {step} was made with the optimizer {found.optimizer['name']}, and this run "
-            f"takes {state.optimizer}",
-            hint=f"set `optim.name: {found.optimizer['name']}`",
-        )
-    state.settle()
-    with torch.no_grad():
-        for name, parameter in state.trained.items():
-            parameter.copy_(found.weights[name])
-    state.updates.load_state_dict(found.optimizer["updates"])
-    if state.average is not None:
-        state.average.weights.update(found.optimizer["average"])
-    state.norms, state.spikes = found.optimizer["norms"], found.optimizer["spikes"]
-    state.step = step
-
-
 def snapshot(state: TrainState, copy: bool = True) -> checkpoint.State:
     """All that moves during training, in host memory unless not to be copied."""
     state.settle()
@@ -203,7 +166,8 @@ class Keeper:
         if not state.accelerator.is_main_process:
             return Job(lambda: None)
         # Where a copy has no room beside what is there already, as when blocks are streamed, training waits instead.
-        beside = need * 1.2 < psutil.virtual_memory().available
+        free = host_bytes()
+        beside = free is None or need * 1.2 < free
         taken = snapshot(state, copy=beside)
         return Job(lambda: checkpoint.save(folder, about, taken, keep, self._torn), beside)
 
@@ -214,7 +178,8 @@ class Keeper:
         if not self._state.accelerator.is_main_process:
             staging = self._told(None)
             if staging is not None:
-                sharded.write(staging, shard, self._group)
+                with suppress(StorageError):  # which the main process meets too, and tells
+                    sharded.write(staging, shard, self._group)
             error = self._told(None)
         else:
             began: list[Path] = []
@@ -255,7 +220,8 @@ def samples(state: TrainState) -> dict[str, torch.Tensor]:
 def require_moved(state: TrainState, first: dict[str, torch.Tensor]) -> None:
     """Raise NumbersError if these samples are still as they were: going on would give the base model."""
     now = samples(state)
-    if first and all(torch.equal(now[name], one) for name, one in first.items()):
+    moved = any(not torch.equal(now[name], one) for name, one in first.items())
+    if not any_process(state.accelerator, moved):  # which may hold no row of what is trained
         raise NumbersError(
             f"after {state.step} steps not one weight has changed, so the result would be the base model",
             hint="raise `learning_rate`; if it is not tiny, please report this with `flux-ft doctor --bundle`",

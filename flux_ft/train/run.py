@@ -40,7 +40,8 @@ from flux_ft.train.fingerprint import BASE, ENCODED, accept_drift, layout, run_f
 from flux_ft.train.full import extract_lora, prove_extraction, use_average
 from flux_ft.train.loop import Acts, StepResult, Wish, due, keep_base_velocity, train_steps, validation_loss
 from flux_ft.train.preview import has_previews, preview_grid, write_previews
-from flux_ft.train.resume import Keeper, decided_by_main, find_checkpoint, require_space, restore
+from flux_ft.train.restore import restore
+from flux_ft.train.resume import Keeper, decided_by_main, find_checkpoint, require_space
 from flux_ft.train.saving import Saver
 from flux_ft.train.setup import (
     TrainData,
@@ -53,7 +54,7 @@ from flux_ft.train.setup import (
 )
 from flux_ft.train.sharded import gather
 from flux_ft.train.stops import TimeLimit, stop_requests
-from flux_ft.types import AdapterState
+from flux_ft.types import AdapterState, DatasetReport
 
 FILE_SUFFIX = {"diffusers": "", "kohya": "-comfyui"}
 TOLD = {
@@ -117,7 +118,9 @@ def train(
     limit = TimeLimit(max_seconds)
     checked = check_run(config)
     accelerator = make_accelerator(config, config.output_dir)
-    claim_folder(config.output_dir, resume)  # in every process: one that waited for a refused one would die of it
+    resume = claim_folder(
+        config.output_dir, resume
+    )  # in every process: one that waited for a refused one would die of it
     mode = determinism.resolve(config.determinism, accelerator.device.type)
     with determinism.applied(mode, accelerator.device), only_run(config.output_dir, accelerator.is_main_process):
         return _train(config, checked, accelerator, limit, mode, resume, allow_drift, command)
@@ -147,19 +150,20 @@ def _train(
     if resume:
         found = decided_by_main(accelerator, lambda: find_checkpoint(folder, config))
     accept = partial(accept_drift, None if found is None else found.about, strict=mode == "strict", allow=allow_drift)
-    about = accept(about)
+    about = decided_by_main(accelerator, lambda: accept(about))  # other processes may run on other cards
     log.say(f"determinism: {mode}, {TOLD[mode]}")
-    if accelerator.is_main_process:
-        write_whole(folder / "run.yaml", dump_run(config).encode())
-        write_report(report, folder, config.trigger_word)
-        for warning in report.warnings:
-            log.warn(warning)
+    for warning in report.warnings:
+        log.warn(warning)
+    if found is None and accelerator.is_main_process:
+        tell_run(config, report)
     data = prepare_data(config, report, family, accelerator, folder / "cache")
     release_memory()
     state = prepare_model(config, family, accelerator)
     about = decided_by_main(
         accelerator, lambda: accept(about, late={BASE: state.base_digest, ENCODED: data.examples.digest()})
     )
+    if found is not None and accelerator.is_main_process:  # now that nothing can refuse it any more
+        tell_run(config, report)
     require_space(folder, state, config)
     prior = draw_prior(config, family, data, state)
     keep_base_velocity(state, family, config, prior, about.step)
@@ -198,6 +202,12 @@ def _train(
         accelerator.end_training()
         raise StoppedByUser(f"stopped after step {state.step}; everything up to it is saved", hint=f"go on: {command}")
     return _finish(config, family, data, state, preview_vae, recorder.seconds, started)
+
+
+def tell_run(config: RunConfig, report: DatasetReport) -> None:
+    """Write the resolved settings and the report."""
+    write_whole(config.output_dir / "run.yaml", dump_run(config).encode())
+    write_report(report, config.output_dir, config.trigger_word)
 
 
 def _finish(
@@ -305,21 +315,28 @@ def cache_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.safetensors"))
 
 
-def claim_folder(folder: Path, resume: bool) -> None:
-    """Make sure that `folder` can be written and holds no earlier run. Raises ConfigError, StorageError."""
-    if resume:
-        if not (folder / "run.yaml").is_file():
-            raise ConfigError(f"`output: {folder}` holds no run to resume", hint="leave out --resume to start one")
-        return
+def claim_folder(folder: Path, resume: bool) -> bool:
+    """Make sure that `folder` can be written and holds no earlier run, or one to `resume`; returns whether it does.
+
+    Where nothing was begun yet, `resume` begins: a cluster gives the same command again, however early a job was
+    stopped. Raises ConfigError, StorageError.
+    """
+    if resume and (folder / "run.yaml").is_file():
+        return True
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`output: {folder}` is a file", hint="choose another folder")
     if folder.is_dir() and not only_the_cache(folder):
+        if resume:
+            raise ConfigError(f"`output: {folder}` holds no run to resume", hint="look whether it is the right folder")
         another = "choose another folder, for example by `output=runs/another`"
         raise ConfigError(
             f"`output: {folder}` holds something already",
             hint=f"go on with it by --resume, or {another}" if (folder / "run.yaml").is_file() else another,
         )
     require_writable(folder, "output")
+    if resume:
+        log.warn(f"`output: {folder}` holds no run to resume; starting from step 0")
+    return False
 
 
 def only_the_cache(folder: Path) -> bool:
@@ -343,7 +360,7 @@ class Recorder:
         self._state, self._main = state, state.accelerator.is_main_process
         self._bar = log.Bar("train", config.iterations) if self._main else None
         # What is measured at this step is measured again: the run may have been killed before it was.
-        again = due(state.step, config.validation.every)
+        again = state.step == config.iterations or due(state.step, config.validation.every)
         self._metrics = (
             log.MetricsFile(
                 folder / "metrics.jsonl",

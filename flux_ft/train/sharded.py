@@ -10,12 +10,11 @@ is fetched for every block then stays on the fast links, and only gradients cros
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,20 +26,18 @@ from accelerate.utils import (
     ParallelismConfig,
     broadcast_object_list,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from flux_ft.config import RunConfig
-from flux_ft.errors import ConfigError, StorageError, first_line
+from flux_ft.errors import StorageError, first_line
 from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
+from flux_ft.train.checkpoint import is_of_disk
 from flux_ft.train.optim import OPTIMIZERS, Average, Updates, own_part, place_of
 
 if TYPE_CHECKING:
@@ -152,24 +149,24 @@ def _entries(state: TrainState) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         in_blocks = OPTIMIZERS[state.optimizer].in_blocks
         shard = f"#{place_of(parameter)[0]}of{state.shards}" if in_blocks else ""
         for key, held in state.updates.optimizer_state(name).items():
-            value = _as_tensor(held)
+            value = as_tensor(held)
             like = parameter if value.ndim and not in_blocks else None
             yield f"optimizer/{state.optimizer}/{key}{shard}/{name}", value, like
 
 
-def _as_tensor(value: Any) -> Tensor:
+def as_tensor(value: Any) -> Tensor:
     return value if torch.is_tensor(value) else torch.tensor(value)
 
 
 def _on_host(part: Tensor, like: Tensor | None) -> Tensor:
     if like is None:
         return part.detach().to("cpu", copy=True)
-    held = _room(like, part.dtype)
+    held = room_like(like, part.dtype)
     own_part(held).copy_(part)
     return held
 
 
-def _room(like: Tensor, dtype: torch.dtype) -> Tensor:
+def room_like(like: Tensor, dtype: torch.dtype) -> Tensor:
     """Unfilled host memory laid out as a parameter is."""
     return torch.empty_like(like.detach(), dtype=dtype, device="cpu")
 
@@ -194,165 +191,12 @@ def write(folder: Path, copy: dict[str, Tensor], group: Any) -> None:
         save(cast(dict[str, Any], copy), storage_writer=writer, process_group=group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
+        if not is_of_disk(cause):
+            raise cause from error
         raise StorageError(
             f"{folder}: process {rank} could not write its shard: {first_line(cause)}",
             hint="free some disk space; earlier checkpoints are untouched",
         ) from error
-
-
-@torch.no_grad()
-def read_into(folder: Path, state: TrainState) -> None:
-    """Bring weights, optimizer and average to where the checkpoint in `folder` was made.
-
-    A sharded one goes into any number of shards or a whole state; a whole one (weights.safetensors, optimizer.pt) into
-    shards. Each process reads its rows, and none waits for another. Raises ConfigError when it does not fit.
-    """
-    state.settle()
-    source = _read_shards if (folder / ".metadata").is_file() else _read_whole
-    kept: dict[str, dict[str, Any]] = {}
-    for key, part in source(folder, state):
-        kind, *middle, name = key.split("/")
-        if kind == "run":
-            spikes, *state.norms = part.tolist()
-            state.spikes = int(spikes)
-        elif kind == "weights":
-            own_part(state.trained[name]).copy_(part)
-        elif kind == "extra":
-            cast(Tensor, state.updates.extra(name)).copy_(part)
-        elif kind == "average":
-            cast(Average, state.average).weights[name].copy_(part)
-        else:
-            number = part.ndim == 0 and not part.is_floating_point()
-            kept.setdefault(name, {})[middle[-1].split("#")[0]] = part.item() if number else part
-    for name, values in kept.items():
-        state.updates.set_optimizer_state(name, values)
-
-
-class _Unpickler(pickle.Unpickler):
-    """Makes what `.metadata` is made of and nothing else: a pickled file can run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):  # where it was written
-            return PurePosixPath
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _METADATA:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
-
-
-_METADATA = {
-    ("torch", "Size"), ("torch.serialization", "_get_layout"), (FileSystemReader.__module__, "_StorageInfo"),
-    *((Metadata.__module__, name) for name in (
-        "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )),
-}  # fmt: skip
-
-
-class _Reader(FileSystemReader):
-    """Reads `.metadata` as `_Unpickler` does."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                return cast(Metadata, _Unpickler(file).load())
-        except pickle.UnpicklingError as error:
-            raise ConfigError(f"{path}: not what a checkpoint writes: {error}", hint="start a new run") from error
-
-
-def _read_shards(folder: Path, state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Key and this process's part of all that a sharded checkpoint holds for it."""
-    stored: Mapping[str, Any] = _Reader(folder).read_metadata().state_dict_metadata
-    sizes = {key: tuple(about.size) for key, about in stored.items()}
-    _require_fit(state, sizes)
-    room: dict[str, Tensor] = {}
-    for key in _needed(state, sizes):
-        like, dtype = state.trained.get(key.rsplit("/", 1)[1]), stored[key].properties.dtype
-        if like is None or not sizes[key]:
-            room[key] = torch.empty(sizes[key], dtype=dtype)
-        elif key.startswith("weights/"):
-            room[key] = like.detach()
-        elif "#" not in key:
-            room[key] = _room(like, dtype)
-        elif f"#{place_of(like)[0]}of" in key:
-            room[key] = torch.empty(sizes[key], dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(cast(dict[str, Any], room), storage_reader=_Reader(folder), no_dist=True)
-    yield from ((key, own_part(value)) for key, value in room.items())
-
-
-def _read_whole(folder: Path, state: TrainState) -> Iterator[tuple[str, Tensor]]:
-    """Key and this process's part of all that an unsharded checkpoint holds."""
-    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    with safe_open(folder / "weights.safetensors", framework="pt") as file:
-        found: dict[str, Any] = {f"weights/{name}": file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found |= {f"extra/{name}": value for name, value in saved["updates"]["extra"].items()}
-        found |= {f"average/{name}": value for name, value in saved.get("average", {}).items()}
-        found[f"run/{NORMS}"] = torch.tensor([saved["spikes"], *saved["norms"]], dtype=torch.float64)
-        optimizers = saved["updates"]["optimizers"]
-        for first, optimizer in optimizers.items():
-            names = [first] if len(optimizers) > 1 else list(state.trained)
-            for number, values in optimizer["state"].items():
-                where = f"optimizer/{saved['name']}/{{}}/{names[number]}"
-                found |= {where.format(key): _as_tensor(value) for key, value in values.items()}
-        sizes = {key: tuple(v.shape) if torch.is_tensor(v) else tuple(v.get_shape()) for key, v in found.items()}
-        _require_fit(state, sizes)
-        for key in _needed(state, sizes):
-            like = state.trained.get(key.rsplit("/", 1)[1])
-            one_for_all = like is None or not sizes[key]
-            yield key, found[key] if one_for_all else found[key][_rows(like, state.shards)].clone()
-
-
-def _rows(like: Any, shards: int) -> slice:
-    """The rows of a weight that this process holds: all, or its share, rounded up; the last may hold fewer."""
-    first = sum(place_of(like)) * -(-like.shape[0] // shards)
-    return slice(first, first + own_part(like).shape[0])
-
-
-def _needed(state: TrainState, found: Iterable[str]) -> list[str]:
-    """The keys that the state has a place for: an average may be left out."""
-    return [key for key in found if state.average is not None or not key.startswith("average/")]
-
-
-def _require_fit(state: TrainState, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ConfigError unless a checkpoint with entries of these shapes can be read into the state."""
-    wanted = {key: shape for key, shape in found.items() if key.startswith("run/")}
-    for name, parameter in state.trained.items():
-        wanted[f"weights/{name}"] = tuple(parameter.shape)
-        if state.updates.extra(name) is not None:
-            wanted[f"extra/{name}"] = tuple(parameter.shape)
-        if state.average is not None:
-            wanted[f"average/{name}"] = tuple(parameter.shape)
-    entries = {key: found[key] for key in _needed(state, found) if not key.startswith("optimizer/")}
-    if entries != wanted:
-        odd = min(key for key in wanted.keys() | entries.keys() if wanted.get(key) != entries.get(key))
-        raise ConfigError(
-            f"the checkpoint is of another run; first: `{odd}` is {entries.get(odd, 'missing')}, expected "
-            f"{wanted.get(odd, 'no such entry')}",
-            hint="resume with the `model`, `optim` and `full` settings that it was made with",
-        )
-    for key, shape in found.items():
-        kind, *middle, name = key.split("/")
-        if kind != "optimizer":
-            continue
-        if middle[0] != state.optimizer:
-            raise ConfigError(
-                f"the checkpoint was made by {middle[0]}, this run's optimizer is {state.optimizer}",
-                hint=f"set `optim.name: {middle[0]}`",
-            )
-        cut = middle[1].partition("#")[2]
-        if (cut and not cut.endswith(f"of{state.shards}")) or (
-            not cut and shape not in ((), wanted[f"weights/{name}"])
-        ):
-            made_in = cut.partition("of")[2] or "1"
-            raise ConfigError(
-                f"the checkpoint holds {state.optimizer}'s state of `{name}` in blocks, cut for {made_in} "
-                f"processes to a node, and this run has {state.shards}",
-                hint="resume with as many processes, or start a new run with another `output`; adamw's state can be "
-                "cut anew",
-            )
 
 
 # --- The end of a run. ---

@@ -15,6 +15,7 @@ import pytest
 import torch
 from _random_flux import FULL_SIZE, SMALL, run_steps
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from flux_ft.bench.infer import RandomFlux1
 from flux_ft.config import RunConfig
@@ -55,7 +56,8 @@ def measure(family: RandomFlux1, side_px: int, folder: Path, kind: str) -> dict[
     assert not passed_over
     assert found is not None
     assert found.about.step == 2
-    assert all(torch.equal(found.read().weights[name], one.detach().cpu()) for name, one in state.trained.items())
+    saved = load_file(found.path / checkpoint.WEIGHTS)
+    assert all(torch.equal(saved[name], one.detach().cpu()) for name, one in state.trained.items())
     return {
         "saved": kind, "mb": round(size / 1e6, 1), "copy_s": round(copied - started, 3),
         "stall_s": [round(one, 3) for one in stalls], "save_s": round(saver.longest_s, 3),

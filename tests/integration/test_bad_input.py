@@ -351,14 +351,24 @@ class TestDisk:
 
 
 class TestResume:
-    def test_empty_folder(self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
-        assert_refused(run_here(capsys, "train", run_file, "--resume"), "holds no run to resume")
-        assert list((tmp_path / "out").iterdir()) == []
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_nothing_begun_yet(
+        self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path, is_there: bool
+    ) -> None:
+        """A cluster gives the same command again, however early a job was stopped."""
+        if is_there:
+            (tmp_path / "out").mkdir()
+        done = run_here(capsys, "train", run_file, "--resume", "iterations=1")
+        assert done.code == 0, done.stderr
+        assert "holds no run to resume; starting from step 0" in done.stderr
 
-    def test_missing_folder(self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
+    def test_a_folder_of_something_else(
+        self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.txt").write_text("chapter one")
         assert_refused(run_here(capsys, "train", run_file, "--resume"), "holds no run to resume")
-        assert not (tmp_path / "out").exists()
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
 class TestNotFinite:

@@ -182,7 +182,7 @@ class TestRunFolder:
         kept = torch.load(folder / "optimizer.pt", weights_only=True)
         assert set(kept) == {"name", "updates", "average", "norms", "spikes"}
         assert kept["average"].keys() == weights.keys()
-        assert kept["updates"]["optimizers"].keys() == weights.keys()
+        assert kept["updates"]["state"].keys() == weights.keys()
         assert {tuple(one.shape) for one in weights.values()} == {tuple(one.shape) for one in kept["average"].values()}
 
     def test_card_shows_and_tells(self, straight: Run) -> None:
@@ -275,8 +275,8 @@ class TestFiles:
 
     def test_first_previews_are_the_bases(self, straight: Run, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The same prompts and seeds drawn by a LoRA run that has not learned anything yet."""
-        words = ("finetune_type=lora", "iterations=1", "optim.ema_every=1", f"output={place / 'lora'}", "validation.fraction=0")
-        done = run_here(capsys, "train", straight.run_file, *words)
+        words = ("finetune_type=lora", "iterations=1", "optim.ema_every=1", "validation.fraction=0")
+        done = run_here(capsys, "train", straight.run_file, *words, f"output={place / 'lora'}")
         assert done.code == 0, done.stderr
         assert "`export.keep_full` has no effect" in done.stderr
         for name in ("00.png", "01.png"):
@@ -333,7 +333,7 @@ class TestKilled:
             ("full.rounding=kahan", "`full.rounding` was 'stochastic', is now 'kahan'"),
             ("full.train=all", "`full.train` was 'blocks', is now 'all'"),
             ("optim.ema_decay=0.9", "`optim.ema_decay` was 0.8, is now 0.9"),
-            ("optim.name=adafactor", "`optim.name` was 'auto', is now 'adafactor'"),
+            ("optim.name=adafactor", "the checkpoint was made by adamw"),
             ("memory.fused_backward=false", "`weights moved in the backward pass` was True, is now False"),
             ("finetune_type=lora", "`finetune_type` was 'full', is now 'lora'"),
         ],

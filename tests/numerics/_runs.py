@@ -15,7 +15,8 @@ from flux_ft.families.base import Family
 from flux_ft.plan import check_run
 from flux_ft.train import checkpoint
 from flux_ft.train.loop import Acts, StepResult, Wish, keep_base_velocity, train_steps
-from flux_ft.train.resume import restore, snapshot
+from flux_ft.train.restore import restore
+from flux_ft.train.resume import snapshot
 from flux_ft.train.setup import TrainData, TrainState, draw_prior, make_accelerator, prepare_data, prepare_model
 from flux_ft.types import AdapterState, LoraLayer
 

@@ -19,6 +19,7 @@ import torch
 from _runs import BF16, CPU, FP32, PRIOR, Run
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -26,10 +27,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from flux_ft.config import RunConfig
 from flux_ft.errors import FluxFTError
 from flux_ft.families.registry import open_family
+from flux_ft.train.checkpoint import About
 from flux_ft.train.full import extract_lora
 from flux_ft.train.loop import Wish
 from flux_ft.train.optim import OPTIMIZERS, Updates, own_part, place_of
-from flux_ft.train.sharded import gather, read_into, snapshot, write, writing_group
+from flux_ft.train.restore import read_into
+from flux_ft.train.resume import Keeper
+from flux_ft.train.saving import Saver
+from flux_ft.train.sharded import gather, snapshot, write, writing_group
 from flux_ft.types import TextCond
 
 FAMILY = open_family("flux-tiny")
@@ -122,6 +127,7 @@ def two(folder: Path) -> dict[str, Any]:
     found["text encoders"] = {p.device.type for part in (stack.clip, stack.t5) for p in part.parameters()}
     for policy in ("none", "full", "selective"):
         found[f"recompute {policy}"] = facts(begin(folder, **SHORT, memory={"recompute": policy}).train())
+    found["full disk"] = disk_of_one_is_full(run)
     for name, settings in IN_PART.items():
         found[name] = facts(begin(folder, **SHORT, **CLIPPED, **settings).train())
 
@@ -176,6 +182,31 @@ def two(folder: Path) -> dict[str, Any]:
         found["extracted"] = len(extract_lora(put_together, run.config)[0].layers)
     found["gathered by"] = put_together is not None
     return found
+
+
+def disk_of_one_is_full(run: Run) -> tuple[bool, int | None, list[str]]:
+    """A save that fails in the second process alone, and one that does not.
+
+    Whether the first is due again, the step that is saved in the end, and what lies in the folder.
+    """
+    saver = Saver(Keeper(run.state, run.config, About(1, {})).job, again_after=(0.0,))
+    write_data = FileSystemWriter.write_data
+
+    def full(*given: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return write_data(*given)
+
+    FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    saver.save(2)
+    assert saver._thread is not None
+    saver._thread.join(60)
+    due = saver.is_due_again()
+    FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+    saver.save(3)
+    saver.finish(3)
+    torch.distributed.barrier()
+    return due, saver.saved_step, sorted(path.name for path in (run.config.output_dir / "checkpoints").iterdir())
 
 
 def four(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from flux_ft.infer.sampler import initial_noise
 from flux_ft.plan import check_run
 from flux_ft.train import loop
 from flux_ft.train import run as run_module
-from flux_ft.train.loop import StepResult, prior_drift
+from flux_ft.train.loop import StepResult, Wish, prior_drift
 from flux_ft.train.preview import write_previews
 from flux_ft.train.run import read_metrics, train
 from flux_ft.train.setup import (
@@ -444,6 +444,22 @@ def test_previews_shared_out_are_the_same_pictures(start: Callable[..., Run], tm
     assert calls.count(0) == calls.count(1) == 2
     for path in (*alone, alone[0].with_name("prompts.json")):
         assert (tmp_path / "shared" / "step-000000" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_who_stops_does_not_wait_for_pictures(start: Callable[..., Run], tmp_path: Path) -> None:
+    """What was due at that step is drawn and measured when the run goes on."""
+    settings: dict[str, Any] = {"iterations": 4, "validation": {"fraction": 0.2, "every": 2}, "preview": {"every": 1}}
+    done: list[tuple[str, int]] = []
+    noted: dict[str, Any] = {
+        "preview": lambda step: done.append(("preview", step)), "validate": lambda step: done.append(("validate", step)),
+    }  # fmt: skip
+    run = start(**settings)
+    saving = {"save": lambda at, _: run.save(tmp_path, at)}
+    run.train(**noted, **saving, wish=lambda: Wish.STOP if run.state.step == 2 else Wish.GO_ON)
+    assert done == [("preview", 0), ("validate", 0), ("preview", 1)]
+    done.clear()
+    start(tmp_path, **settings).train(**noted)
+    assert done == [("preview", 2), ("validate", 2), ("preview", 3), ("validate", 4), ("preview", 4)]
 
 
 def test_the_first_preview_is_the_base_model_and_the_last_is_not(start: Callable[..., Run], tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_plain_backward_clips_all_gradients_together_and_a_fused_one_each_alon
     firsts = {}
     for fused in (True, False):
         run = start_full(optim={"max_grad_norm": limit}, memory={"fused_backward": fused}, iterations=1).train()
-        state = tensors_of(run.state.updates.state_dict()["optimizers"])
+        state = tensors_of(run.state.updates.state_dict()["state"])
         means = [one for key, one in state.items() if key.endswith("/exp_avg")]
         assert len(means) == len(run.state.trained)
         norms = torch.stack([one.norm() / 0.1 for one in means])

@@ -179,6 +179,10 @@ def test_a_write_that_fails_is_told_in_every_process(two: list[dict[str, Any]]) 
         assert "could not write its shard" in found["no space"]
 
 
+def test_a_save_that_fails_in_one_process_is_tried_again_by_all(two: list[dict[str, Any]]) -> None:
+    assert [found["full disk"] for found in two] == [(True, 3, ["step-000003"])] * 2
+
+
 def test_another_optimizer_is_refused(place: Path, two: list[dict[str, Any]]) -> None:
     with pytest.raises(ConfigError, match="made by adamw, this run's optimizer is adafactor"):
         begin(place, resume="saved-2", **KAHAN | {"optim": {**KAHAN["optim"], "name": "adafactor"}})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from flux_ft.errors import StorageError
 from flux_ft.train import checkpoint
@@ -51,8 +52,8 @@ def made(step: int, seed: int = 0) -> tuple[About, State]:
 
 def assert_same(found: Saved, expected: tuple[About, State]) -> None:
     assert found.about == expected[0]
-    assert_same_tree(found.read().weights, expected[1].weights)
-    assert_same_tree(found.read().optimizer, expected[1].optimizer)
+    assert_same_tree(load_file(found.path / "weights.safetensors"), expected[1].weights)
+    assert_same_tree(torch.load(found.path / "optimizer.pt", weights_only=True), expected[1].optimizer)
 
 
 def assert_same_tree(one: object, other: object) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flux_ft.config import FullConfig, OptimConfig, ScheduleConfig
 from flux_ft.errors import ConfigError
 from flux_ft.flow import keyed_generator
+from flux_ft.train.checkpoint import About, save
 from flux_ft.train.optim import (
     LARGE_PARAMETERS,
     OPTIMIZERS,
@@ -30,6 +31,9 @@ from flux_ft.train.optim import (
     set_rate,
     stochastic_round,
 )
+from flux_ft.train.restore import read_into
+from flux_ft.train.resume import snapshot
+from flux_ft.train.setup import TrainState
 
 FP32, BF16 = torch.float32, torch.bfloat16
 NEEDS = {name: row.requires for name, row in OPTIMIZERS.items()}
@@ -442,6 +446,11 @@ def steps(trained: dict[str, nn.Parameter], updates: Updates, first: int, last: 
         updates.finish()
 
 
+def state_of(optimizer: str, trained: dict[str, nn.Parameter], updates: Updates) -> TrainState:
+    unused: Any = None
+    return TrainState(unused, unused, unused, trained, updates, optimizer)
+
+
 def written_and_read(state: dict[str, Any]) -> dict[str, Any]:
     """Through a file, as a checkpoint has it."""
     file = io.BytesIO()
@@ -461,7 +470,7 @@ def tensors_of(tree: Any, path: str = "") -> dict[str, Tensor]:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP32, "stochastic"), *((BF16, rounding) for rounding in ROUNDINGS)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_saved_and_loaded_goes_on_to_the_bit(name, dtype, rounding, fused):
+def test_state_saved_and_loaded_goes_on_to_the_bit(name, dtype, rounding, fused, tmp_path):
     make = optimizer_named(name, rate=1e-3)
     straight = parameters(dtype)
     updates = Updates(straight, make, rounding=rounding, fused_backward=fused, seed=4)
@@ -470,13 +479,10 @@ def test_state_saved_and_loaded_goes_on_to_the_bit(name, dtype, rounding, fused)
     first = parameters(dtype)
     halfway = Updates(first, make, rounding=rounding, fused_backward=fused, seed=4)
     steps(first, halfway, 0, 3)
-    saved = written_and_read(halfway.state_dict())
+    path = save(tmp_path, About(3, {}), snapshot(state_of(name, first, halfway)), keep=2)
     second = parameters(dtype)
     resumed = Updates(second, make, rounding=rounding, fused_backward=fused, seed=4)
-    with torch.no_grad():
-        for parameter_name, parameter in second.items():
-            parameter.copy_(first[parameter_name])
-    resumed.load_state_dict(saved)
+    read_into(path, state_of(name, second, resumed))
     assert {parameter.dtype for parameter in second.values()} == {dtype}
     steps(second, resumed, 3, 6)
     assert not torch.equal(second["matrix"], first["matrix"])
@@ -484,7 +490,7 @@ def test_state_saved_and_loaded_goes_on_to_the_bit(name, dtype, rounding, fused)
     ours, theirs = tensors_of(resumed.state_dict()), tensors_of(updates.state_dict())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(one, theirs[key]) for key, one in ours.items())
-    assert {one.dtype for key, one in ours.items() if key.startswith("/optimizers")} <= {FP32, torch.uint8}
+    assert {one.dtype for key, one in ours.items() if key.startswith("/state")} <= {FP32, torch.uint8}
     for parameter_name in SHAPES:
         assert torch.equal(second[parameter_name], straight[parameter_name])
         assert torch.equal(resumed.precise(parameter_name), updates.precise(parameter_name))
@@ -495,20 +501,22 @@ def test_eight_bits_of_state_are_kept_where_there_is_enough_to_keep():
     updates = Updates(trained, optimizer_named("adamw8bit"))
     steps(trained, updates, 0, 1)
     kept = {
-        name: {key: value.dtype for key, value in tensors_of(one["state"]).items() if "/state" in key}
-        for name, one in updates.state_dict()["optimizers"].items()
+        name: {key: value.dtype for key, value in one.items() if key.startswith("state")}
+        for name, one in updates.state_dict()["state"].items()
     }
     assert set(kept["matrix"].values()) == {torch.uint8}
     assert set(kept["bias"].values()) == {FP32}
 
 
-def test_state_of_other_parameters_is_refused():
-    updates = Updates(parameters(BF16), optimizer_named("adamw"), rounding="kahan")
-    state = updates.state_dict()
-    for missing in ("optimizers", "extra"):
-        lacking = {**state, missing: {name: one for name, one in state[missing].items() if name != "bias"}}
-        with pytest.raises(KeyError, match="bias"):
-            Updates(parameters(BF16), optimizer_named("adamw"), rounding="kahan").load_state_dict(lacking)
+def test_state_of_other_parameters_is_refused(tmp_path):
+    def kahan():
+        trained = parameters(BF16)
+        return state_of("adamw", trained, Updates(trained, optimizer_named("adamw"), rounding="kahan"))
+
+    saved = snapshot(kahan())
+    del saved.optimizer["updates"]["extra"]["bias"]
+    with pytest.raises(ConfigError, match="extra/bias"):
+        read_into(save(tmp_path, About(3, {}), saved, keep=2), kahan())
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(FP32, "stochastic"), *((BF16, rounding) for rounding in ROUNDINGS)])

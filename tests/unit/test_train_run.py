@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from flux_ft.adapters import lora
 from flux_ft.config import OptimConfig, RunConfig
 from flux_ft.errors import ConfigError, NumbersError, StorageError
-from flux_ft.train.checkpoint import State
+from flux_ft.train import restore as restore_module
+from flux_ft.train.checkpoint import About, Saved, State, save
 from flux_ft.train.optim import OPTIMIZERS, Average, Updates
-from flux_ft.train.resume import put_back, require_moved, require_space, samples, snapshot
+from flux_ft.train.resume import require_moved, require_space, samples, snapshot
 from flux_ft.train.setup import TrainState
 
 Usage = namedtuple("Usage", "total used free")
@@ -54,8 +57,8 @@ def state_of(kind: str, dtype: torch.dtype = torch.float32, rank: int = 2, avera
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     updates = Updates(trained, lambda given: OPTIMIZERS["adamw"].make(given, 0.1, OptimConfig()), rounding="kahan")
     kept = Average(trained, 0.9, 1) if average else None
-    unused: Any = None
-    return TrainState(unused, model, model, trained, updates, "adamw", kept)
+    alone: Any = SimpleNamespace(num_processes=1)
+    return TrainState(alone, model, model, trained, updates, "adamw", kept)
 
 
 def step(state: TrainState) -> None:
@@ -75,7 +78,10 @@ def made(state: TrainState) -> State:
 
 
 def restore(state: TrainState, found: State) -> None:
-    put_back(state, 2, found)
+    """By way of a folder."""
+    with TemporaryDirectory() as folder:
+        path = save(Path(folder), About(2, {}), found, keep=2)
+        restore_module.restore(state, Saved(path, About(2, {})))
 
 
 def config_of(**settings: Any) -> RunConfig:
@@ -142,13 +148,12 @@ def test_a_checkpoint_of_other_weights_is_refused_and_changes_nothing(odd: str) 
     with pytest.raises(ConfigError) as caught:
         restore(second, found)
     told = {
-        "missing": f"`{Q}` is missing, expected (6, 8)",
-        "foreign": "`transformer_blocks.0.to_k.weight` is (6, 8), expected no such weight",
-        "of another shape": f"`{Q}` is (6, 9), expected (6, 8)",
+        "missing": f"`weights/{Q}` is missing, expected (6, 8)",
+        "foreign": "`weights/transformer_blocks.0.to_k.weight` is (6, 8), expected no such entry",
+        "of another shape": f"`weights/{Q}` is (6, 9), expected (6, 8)",
         "none at all": "is missing",
     }
     assert told[odd] in caught.value.message
-    assert "step 2" in caught.value.message
     assert "`full`" in (caught.value.hint or "")
     assert second.step == 0
     assert all(torch.equal(one, before[name]) for name, one in second.trained.items())
@@ -161,7 +166,7 @@ def test_a_lora_of_another_rank_is_refused() -> None:
     assert "transformer_blocks.0.ff.lora_A.trained.weight" in caught.value.message
     assert "(5, 6)" in caught.value.message
     assert "(2, 6)" in caught.value.message
-    assert "`lora`" in (caught.value.hint or "")
+    assert "`optim`" in (caught.value.hint or "")
 
 
 def test_streamed_weights_are_brought_home_before_they_are_written_to() -> None:
@@ -188,10 +193,21 @@ def test_a_snapshot_is_a_copy_unless_it_need_not_be() -> None:
 
 def test_another_optimizer_is_refused() -> None:
     first, second = state_of("full"), state_of("full")
+    step(first)
     second.optimizer = "adafactor"
-    with pytest.raises(ConfigError, match="made with the optimizer adamw, and this run takes adafactor") as caught:
+    with pytest.raises(ConfigError, match="made by adamw, this run's optimizer is adafactor") as caught:
         restore(second, made(first))
     assert "`optim.name: adamw`" in (caught.value.hint or "")
+
+
+def test_the_optimizers_own_settings_are_the_runs() -> None:
+    """Weight decay may be changed with leave: then it must hold, and not what it was."""
+    first, second = state_of("full"), state_of("full")
+    step(first)
+    (optimizer,) = second.updates._optimizers.values()
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    restore(second, made(first))
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
 # --- A run that comes to nothing. ---
