@@ -107,7 +107,8 @@ def _zipped(files: Files) -> bytes:
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S*")
 _SECRETS = re.compile(
     r"hf_\w+|\b(?:sk|pk|rk|glpat|xox[a-z])-[\w-]+|\b(?:gh[a-z]|github_pat|wandb_v\d+)_\w+|\beyJ[\w.-]+"
-    r"|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b|\b(?=\w*\d)\w{24,}"
+    r"|\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b"
+    r"|\b(?=\w*\d)(?!allow_bf16_reduced_precision_reduction\b)\w{24,}"
     r"|(?i:bearer|token|secret|password|passwd|credentials?|api[ _-]?key)\w*[\s\"']*[:= ][\s\"']*\S+"
 )
 _ADDRESS = re.compile(r"\S+@\S+")
@@ -116,8 +117,8 @@ _QUOTED = re.compile(r"`.*`|\".*\"|(?<!\w)'.*'|\S+\.[A-Za-z]\w{1,4}\b")
 _DIGEST = re.compile(r"[0-9a-f]{16}|[0-9a-f]{64}")
 _OWN_NAME = re.compile(
     r"run\.yaml|metrics\.jsonl|report\.(?:json|html)|README\.md|extraction\.json|captions\.jsonl|prompts\.json"
-    r"|(?:loss|comparison|previews)\.png|accelerate\.yaml|failed-\d+\.json|\.lock|previews|checkpoints|cache|step-\d{6}(?:\.partial)?|\d\d\.png|manifest\.json"
-    r"|weights\.safetensors|optimizer\.pt|\.metadata|__\d+_\d+\.distcp"
+    r"|(?:loss|comparison|previews)\.png|\.lock|previews|checkpoints|cache|step-\d{6}(?:\.partial)?|\d\d\.png"
+    r"|manifest\.json|weights\.safetensors|optimizer\.pt|\.metadata|__\d+_\d+\.distcp"
 )
 _ENDING = re.compile(r"(?:-comfyui|-full)?(?:\.(?:safetensors|jsonl?|ya?ml|png|jpg|txt|md|html|pt|partial|lock))?$")
 

@@ -21,6 +21,10 @@
 # its environment before sbatch. Ten minutes before the job's time is up (MARGIN_S), when Slurm takes the machines back,
 # or after `scancel --signal=TERM JOB`, the run is saved, and the job queued again to go on from there. REQUEUE=no in
 # the environment leaves that to you; `sbatch … RUN.yaml --resume` goes on.
+#
+# Captions, cache and, after the last step, extraction and export are not cut short by MARGIN_S: the signal ends them. The
+# queued job keeps what is cached, and makes the export anew. Where that takes M seconds, leave room for it by
+# MARGIN_S=M+120 in the environment and `sbatch --signal=TERM@60`.
 set -uo pipefail
 
 if [ $# -eq 0 ]; then

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import NoReturn
 import yaml
 
 from flux_ft import log
+from flux_ft.data.parallel import usable_cpus
 from flux_ft.errors import ConfigError, FluxFTError, StoppedByUser, StorageError, first_line
 from flux_ft.files import write_whole
 from flux_ft.train.stops import (
@@ -38,8 +40,8 @@ from flux_ft.train.stops import (
 FAILED = "failed-"
 GRACE_S = 1
 """What shall end at once gets so long before it is killed."""
-BROKEN_LINK = ("gloo", "nccl", "closed by peer", "reset by peer", "broken pipe", "heartbeat", "socket")
-"""Words of the errors that a process meets because another one has ended."""
+LINKS = re.compile(r"\bgloo\b|\bpair\.cc\b|nccl|c10d|processgroup|tcpstore", re.I)
+"""How torch's links between processes name themselves in their errors. Words like "reset by peer" are anybody's."""
 GO_ON = "--resume goes on from the newest whole checkpoint"
 KILLED = {9: "as the system does when memory runs out", 7: "as when shared memory runs out"}
 
@@ -95,8 +97,27 @@ def is_one_of_several() -> bool:
 
 
 def is_wanted(gpus: int | None, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether `--gpus` asks for several processes that nobody has started yet."""
-    return gpus is not None and "RANK" not in environment and (gpus > 1 or environment.get("NNODES", "1") != "1")
+    """Whether `--gpus` asks for several processes that nobody has started yet.
+
+    Raises ConfigError where another launcher is said to have started them, and not so many.
+    """
+    if gpus is None:
+        return False
+    if "RANK" not in environment:
+        return gpus > 1 or environment.get("NNODES", "1") != "1"
+    there = environment.get("LOCAL_WORLD_SIZE")
+    if LAUNCH_FOLDER not in environment and there != str(gpus):
+        started = f"that started {there} on this machine" if there else "though LOCAL_WORLD_SIZE is not"
+        raise ConfigError(
+            f"`--gpus {gpus}`: RANK is set in the environment, as by a launcher of processes, {started}",
+            hint="leave out --gpus, or unset RANK",
+        )
+    return False
+
+
+def cpu_is_forced() -> bool:
+    """Whether ACCELERATE_USE_CPU says so, in the words that accelerate takes for yes."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "on", "t", "true", "y", "yes")
 
 
 def launch(gpus: int, arguments: Sequence[str]) -> None:
@@ -128,7 +149,7 @@ def first_cause(failures: Sequence[Failure], exit_codes: Mapping[int, int], seve
     silent = [(rank, code) for rank, code in exit_codes.items() if rank not in {one.rank for one in said}]
     if faults:
         return _told(faults[0], several)
-    if lost and several and next(iter(exit_codes)) in {one.rank for one in lost}:
+    if lost and several and next(iter(exit_codes), None) in {one.rank for one in lost}:
         message = f"a process on another machine ended first; its lines say why. Rank {lost[0].rank}: {lost[0].message}"
         return FluxFTError(message, hint=GO_ON)
     if silent:
@@ -165,12 +186,14 @@ def end_process(error: FluxFTError, tell: Callable[[FluxFTError, str], None], lo
 
 
 def is_lost_link(error: Exception) -> bool:
-    """Whether one of several processes failed only because another one had ended: torch's errors of the link."""
-    text = str(error).lower()
+    """Whether one of several processes failed only because another one had ended: torch's errors of the link.
+
+    They are a RuntimeError or of torch's own kinds; an OSError is of some other connection, or of a disk.
+    """
     is_link = any(cls.__name__ == "DistError" for cls in type(error).__mro__) or (
-        isinstance(error, RuntimeError | OSError) and any(word in text for word in BROKEN_LINK)
+        isinstance(error, RuntimeError) and LINKS.search(str(error)) is not None
     )
-    return is_link and "out of memory" not in text
+    return is_link and "out of memory" not in str(error).lower()
 
 
 @contextmanager
@@ -208,7 +231,7 @@ def _run_accelerate(folder: Path, gpus: int, machines: Machines, arguments: Sequ
 
     config = folder / "accelerate.yaml"
     config.write_text(yaml.safe_dump(accelerate_config(gpus, machines)), encoding="utf-8")
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // gpus))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cpus() // gpus))
     words = ["--config_file", str(config), "--num_cpu_threads_per_process", threads, "--log_dir", str(folder)]
     parsed = launch_command_parser().parse_args([*words, "-m", "flux_ft", *arguments])
     # Signals come to us, and what accelerate ends it shall end soon. A torch too old to know these names passes signals
@@ -251,11 +274,16 @@ def accelerate_config(gpus: int, machines: Machines) -> dict[str, object]:
 
 
 def _require_gpus(gpus: int) -> None:
-    """Raise ConfigError unless this machine has so many, or the run is for its CPU."""
+    """Raise ConfigError unless this machine has so many that can work together, or the run is for its CPU."""
+    if cpu_is_forced():
+        return
+    if os.name == "nt":
+        raise ConfigError(
+            f"`--gpus {gpus}`: several GPUs need Linux, or WSL: torch has no NCCL on Windows",
+            hint="leave out --gpus to train on one",
+        )
     import torch
 
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on"):
-        return
     there = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if gpus > there:
         raise ConfigError(

@@ -35,6 +35,7 @@ from flux_ft.families.base import Family
 from flux_ft.infer.runner import release_memory
 from flux_ft.infer.sampler import sample_latents
 from flux_ft.train.digest import weights_digest
+from flux_ft.train.launch import cpu_is_forced
 from flux_ft.train.optim import LARGE_PARAMETERS, OPTIMIZERS, Average, Updates, resolve_optimizer
 from flux_ft.train.preview import PreviewPlan
 from flux_ft.train.recompute import apply_recompute
@@ -283,7 +284,7 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     shards = shards_wanted(config, world)
     sharding = shard_options(shards, world) if shards > 1 else {}
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # what the user's accelerate was set to; options come first
-    on_cpu = _cpu_is_forced() or not torch.cuda.is_available()
+    on_cpu = cpu_is_forced() or not torch.cuda.is_available()
     accelerator = Accelerator(
         # accelerate would widen sharded bfloat16 weights to float32 for the optimizer; `Updates` does so one at a time.
         mixed_precision="bf16" if _wants_bf16(config) and not sharding else "no",
@@ -379,11 +380,7 @@ def _fill_cache(
 def _wants_bf16(config: RunConfig) -> bool:
     if config.memory.base_precision != "auto":
         return config.memory.base_precision == "bf16"
-    return torch.cuda.is_available() and not _cpu_is_forced()
-
-
-def _cpu_is_forced() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return torch.cuda.is_available() and not cpu_is_forced()
 
 
 def _preview_plan(

@@ -235,8 +235,10 @@ def test_slurm_stops_in_time_and_goes_on(place: Path, scenes: Path, free_port: i
         )
 
     now = int(time.time())
-    first = submit(ENDLESS, SLURM_JOB_END_TIME=now + 601)  # a second, less ten minutes' margin
+    # A second, less ten minutes' margin; queued again before the run began.
+    first = submit(ENDLESS, SLURM_JOB_END_TIME=now + 601, SLURM_RESTART_COUNT=1)
     assert first.returncode == 130, first.stderr
+    assert first.stderr.count("holds no run to resume; starting from step 0") == 1
     assert (place / "asked").read_text() == "requeue 77\n"
     steps = trained_steps(place / "slurm")
     assert [path.name for path in (place / "slurm" / "checkpoints").glob("step-*")] == [f"step-{steps[-1]:06d}"]

@@ -223,6 +223,7 @@ def test_a_real_run(tmp_path, run_settings, on_cpu):
     text = text_of(file)
     assert "could not be read" not in text
     assert "a red circle" not in text
+    assert "<secret>" not in text
     assert str(tmp_path).lower() not in text
     assert json.loads(inside(file, "run/checkpoints/step-000003/manifest.json"))["step"] == 3
     assert len(json.loads(inside(file, "run/report.json"))["counts"]) > 5
@@ -262,6 +263,8 @@ class TestReading:
         ("1 × 4,608 tokens, 24 heads × 128", "1 × 4,608 tokens, 24 heads × 128"),
         ("Linux-5.15.167.4-microsoft-standard-WSL2-x86_64-with-glibc2.35",) * 2,
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+        ("allow_bf16_reduced_precision_reduction True",) * 2,
+        ("allow_bf16_reduced_precision_reduction2", "<secret>"),
         ("_scaled_dot_product_efficient_attention_backward is not deterministic",) * 2,
         ("its weights are in " + PLACES["posix"], "its weights are in <path>"),
         ("see " + PLACES["tilde"] + "\nand go on", "see <path>\nand go on"),

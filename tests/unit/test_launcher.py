@@ -6,15 +6,27 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.utils.environment import str_to_bool
 
+from flux_ft import cli
 from flux_ft.errors import ConfigError, FluxFTError, StoppedByUser
-from flux_ft.train import launch
-from flux_ft.train.launch import Failure, Machines, accelerate_config, end_process, first_cause, is_lost_link, is_wanted
+from flux_ft.train import launch, run
+from flux_ft.train.launch import (
+    Failure,
+    Machines,
+    accelerate_config,
+    cpu_is_forced,
+    end_process,
+    first_cause,
+    is_lost_link,
+    is_wanted,
+)
 from flux_ft.train.stops import LAUNCH_FOLDER
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
@@ -45,13 +57,63 @@ class TestMachines:
     ("gpus", "environment", "wanted"),
     [
         (None, {}, False), (1, {}, False), (4, {}, True), (1, FOUR, True), (None, FOUR, False),
-        (4, {"RANK": "0", "WORLD_SIZE": "4"}, False),
+        (4, {"RANK": "0", "LOCAL_WORLD_SIZE": "4"}, False), (4, {"RANK": "0", LAUNCH_FOLDER: "there"}, False),
+        (None, {"RANK": "0"}, False),
     ],
 )  # fmt: skip
 def test_is_wanted_once(gpus: int | None, environment: dict[str, str], wanted: bool) -> None:
     assert is_wanted(gpus, environment) == wanted
 
 
+@pytest.mark.parametrize("others", [{}, {"LOCAL_WORLD_SIZE": "4"}])
+def test_gpus_that_another_launcher_did_not_start(others: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="`--gpus 2`: RANK is set"):
+        is_wanted(2, {"RANK": "0"} | others)
+
+
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [((), "the same command again with --resume"), (("--gpus", "2"), " run.yaml --gpus 2 --resume")],
+)
+def test_the_command_that_goes_on_under_another_launcher(
+    words: tuple[str, ...], ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_config: object, command: str, **_options: object) -> None:
+        raise StoppedByUser("stopped", hint=command)
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run, "train", stop)
+    monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace(config=None))
+    with pytest.raises(StoppedByUser) as stopped:
+        cli.app(["train", "run.yaml", *words], standalone_mode=False)
+    assert str(stopped.value.hint).endswith(ending)
+
+
+@pytest.mark.parametrize("word", ["1", "TRUE", "yes", "on", "t", "y", "0", "false", "no", "off", "f", "n", ""])
+def test_the_cpu_is_forced_in_accelerates_words(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", word)
+    assert cpu_is_forced() == bool(word and str_to_bool(word))
+
+
+def test_several_gpus_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        with pytest.raises(ConfigError, match="need Linux, or WSL"):
+            launch.launch(2, ["train", "run.yaml"])
+
+
+def test_processes_share_the_cores_that_the_job_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "usable_cpus", lambda: 6)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", told.append)
+    launch._run_accelerate(tmp_path, 2, Machines(1, 0, "127.0.0.1", 0), ["train", "run.yaml"])
+    assert told[0].num_cpu_threads_per_process == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="refused there before they are counted")
 @pytest.mark.parametrize(("there", "words"), [(0, "no GPUs"), (1, "1 GPU that"), (3, "3 GPUs that")])
 def test_more_gpus_than_there_are(there: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
@@ -129,6 +191,9 @@ class TestFirstCause:
     def test_a_link_that_broke_by_itself(self) -> None:
         assert self.cause([failure(1, 1.0, "timed out", lost=True)], {1: 1}).message.endswith("processes: timed out")
 
+    def test_a_lost_link_and_no_exit_codes(self) -> None:
+        assert self.cause([failure(1, 1.0, "closed", lost=True)], {}, several=True).message.endswith("closed")
+
     def test_all_stopped(self) -> None:
         cause = self.cause([failure(rank, rank, "stopped after step 7", 130) for rank in range(2)], {})
         assert (cause.message, cause.hint, cause.exit_code) == ("stopped after step 7", "hint 0", 130)
@@ -150,7 +215,9 @@ class DistNetworkError(DistError):
     [
         (RuntimeError("[pair.cc:525] Connection closed by peer [127.0.0.1]:5"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc] Read error"), True),
-        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (ConnectionResetError(104, "Connection reset by peer"), False),
+        (RuntimeError("Data processing error: the store's server: connection reset by peer"), False),
         (DistNetworkError("the client has no answer"), True),
         (DistError("NCCL error: CUDA out of memory"), False),
         (RuntimeError("shapes do not fit"), False),
