@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def archived() -> dict[str, bytes]:
     with zipfile.ZipFile(ARCHIVE) as file:
-        return {name: file.read(name) for name in file.namelist()}
+        read = {entry.filename: (entry.comment, file.read(entry)) for entry in file.infolist()}
+    return {name: interleaved(data) if comment == weights.HALVES else data for name, (comment, data) in read.items()}
+
+
+def interleaved(halves: bytes) -> bytes:
+    """One byte of the first half, one of the second, and so on."""
+    even = -(-len(halves) // 2)
+    pairs = zip_longest(halves[:even], halves[even:])
+    return bytes(byte for pair in pairs for byte in pair if byte is not None)
 
 
 def test_every_file_is_unpacked_as_it_was_packed_and_nothing_else_is_left(cache: Path) -> None:
@@ -47,6 +56,22 @@ def test_every_file_is_unpacked_as_it_was_packed_and_nothing_else_is_left(cache:
     assert contents(folder) == archived()
     assert {"model_index.json", "transformer/diffusion_pytorch_model.safetensors"} <= archived().keys()
     assert find_variant("flux-tiny")[1] == str(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 8])
+def test_weights_of_any_length_are_packed_and_unpacked(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.safetensors").write_bytes(bytes(range(size)))
+    (tmp_path / "a" / "model.json").write_bytes(bytes(range(size)))
+    pack_folder(tmp_path / "a", tmp_path / "x.zip")
+    monkeypatch.setattr(weights, "ARCHIVE", tmp_path / "x.zip")
+    weights._contents.cache_clear()
+    try:
+        assert contents(tiny_folder()) == {"b/x.safetensors": bytes(range(size)), "model.json": bytes(range(size))}
+    finally:
+        weights._contents.cache_clear()
 
 
 def test_the_folder_is_named_after_the_archive_so_that_new_weights_get_a_new_one(cache: Path) -> None:

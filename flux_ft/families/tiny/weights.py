@@ -19,6 +19,7 @@ from flux_ft.errors import ModelError
 from flux_ft.files import cache_folder, write_whole
 
 ARCHIVE = Path(__file__).with_name("flux-tiny.zip")
+HALVES = b"bytes at even places, then those at odd ones"
 MTIME_S = 946_684_800
 """The time of every unpacked file, 2000-01-01 UTC: what was made with a file knows it by size and time."""
 
@@ -54,13 +55,19 @@ def damaged(folder: Path, sizes: Mapping[str, int]) -> list[str]:
 
 
 def pack_folder(folder: Path, archive: Path) -> None:
-    """All files of `folder` in one ZIP; the same files give the same bytes (on one zlib). Raises StorageError."""
+    """All files of `folder` in one ZIP; the same files give the same bytes (on one zlib). Raises StorageError.
+
+    Of a file of weights, bytes at even places come first: bf16's exponents, by themselves, take a ninth less.
+    """
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(name)  # of 1980-01-01, the earliest that a ZIP can say
             entry.external_attr = 0o644 << 16
-            file.writestr(entry, (folder / name).read_bytes(), zipfile.ZIP_DEFLATED, compresslevel=9)
+            data = (folder / name).read_bytes()
+            if name.endswith(".safetensors"):
+                entry.comment, data = HALVES, data[::2] + data[1::2]
+            file.writestr(entry, data, zipfile.ZIP_DEFLATED, compresslevel=9)
     write_whole(archive, buffer.getvalue(), mode=0o644)
 
 
@@ -92,7 +99,7 @@ def _unpack(folder: Path, sizes: Mapping[str, int]) -> None:
             for name in sizes:
                 path = staging / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(file.read(name))
+                path.write_bytes(_joined(file.read(name)) if file.getinfo(name).comment == HALVES else file.read(name))
                 os.utime(path, (MTIME_S, MTIME_S))
         try:
             staging.rename(folder)
@@ -104,6 +111,13 @@ def _unpack(folder: Path, sizes: Mapping[str, int]) -> None:
         raise _broken(error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _joined(halves: bytes) -> bytes:
+    """Bytes in their order again."""
+    whole, even = bytearray(len(halves)), (len(halves) + 1) // 2
+    whole[::2], whole[1::2] = halves[:even], halves[even:]
+    return bytes(whole)
 
 
 def _broken(error: Exception) -> ModelError:
