@@ -36,6 +36,7 @@ from flux_ft.runfile import dump_run
 from flux_ft.train import checkpoint, determinism
 from flux_ft.train.captions import with_captions
 from flux_ft.train.card import ExtractionFacts, model_card, plot_losses
+from flux_ft.train.estimate import out_of_memory
 from flux_ft.train.fingerprint import BASE, ENCODED, accept_drift, layout, run_fingerprint
 from flux_ft.train.full import extract_lora, prove_extraction, use_average
 from flux_ft.train.loop import Acts, StepResult, Wish, due, keep_base_velocity, train_steps, validation_loss
@@ -123,7 +124,10 @@ def train(
     )  # in every process: one that waited for a refused one would die of it
     mode = determinism.resolve(config.determinism, accelerator.device.type)
     with determinism.applied(mode, accelerator.device), only_run(config.output_dir, accelerator.is_main_process):
-        return _train(config, checked, accelerator, limit, mode, resume, allow_drift, command)
+        try:
+            return _train(config, checked, accelerator, limit, mode, resume, allow_drift, command)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, config, open_family(config.model, config.model_parts)) from None
 
 
 def _train(

@@ -371,6 +371,18 @@ class TestResume:
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
+class TestMemory:
+    def test_a_full_card_is_told_with_what_would_need_less(
+        self, capsys: pytest.CaptureFixture[str], run_file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. Much more text.")
+
+        monkeypatch.setattr("flux_ft.train.run.train_steps", full)
+        done = run_here(capsys, "train", run_file, "optim.batch_size=2")
+        assert_refused(done, "CUDA out of memory; by the estimate this run needs", "optim.batch_size=1", code=1)
+
+
 class TestNotFinite:
     def test_poisoned_latent_stops_before_the_update(
         self, capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path
