@@ -95,7 +95,11 @@ def train(
         int | None, typer.Option(help="GPUs, a process each; of each machine, where NNODES is set", min=1)
     ] = None,
     max_time: Annotated[
-        str | None, typer.Option(help="save and end before so long, for example 3h50m", metavar="TIME")
+        str | None,
+        typer.Option(
+            help="save and stop training before so long, as 3h50m; captions, cache and export are not cut short",
+            metavar="TIME",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -114,7 +118,8 @@ def train(
     loaded = _load(run_file, overrides)
     from flux_ft.train.run import train as train_run
 
-    command = log.command(*words, "--resume")
+    elsewhere = launch.is_one_of_several() and not gpus  # started by a launcher whose own words we do not know
+    command = "the same command again with --resume" if elsewhere else log.command(*words, "--resume")
     result = train_run(loaded.config, resume=resume, command=command, allow_drift=allow_drift, max_seconds=limit)
     _report(
         result.as_json(),
@@ -142,6 +147,16 @@ def check(
     written = write_report(checked.report, report, loaded.config.trigger_word) if report else ()
     words = "\n".join([checked.for_people(), *(f"wrote {path}" for path in written)])
     _report(checked.as_json() | {"report": [str(path) for path in written]}, words, as_json)
+
+
+@app.command()
+def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Tell what a run will need: memory by part, disk, time; and what else could be done, without loading a model."""
+    loaded = _load(run_file, overrides)
+    from flux_ft.train.estimate import make_plan
+
+    made = make_plan(loaded.config)
+    _report(made.as_json(), made.for_people(), as_json, words_are_data=True)
 
 
 @app.command()
@@ -562,6 +577,32 @@ def bench_infer(
 
     result = bench_infer(full, steps=steps, repeats=repeats, compiled=compiled, device=device)
     _report(result.as_json(), result.for_people(), as_json, words_are_data=True)
+
+
+@bench.command("train")
+def bench_train(
+    settings: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="FLUX.1-dev's size with random weights; takes a GPU")] = False,
+    cells: Annotated[
+        list[str] | None,
+        typer.Option(help="KIND-SIDE-bBATCH-RECOMPUTE, such as lora-1024-b1-full; may be given several times"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="timed steps of each cell", min=1)] = 10,
+    order: Annotated[
+        str, typer.Option(help="sides: ours, A (the peer's example), B (the peer tuned)")
+    ] = "A,ours,B,ours,A",
+    output: Annotated[Path, typer.Option(help="folder for train.json and train.png", metavar="DIR")] = Path(
+        "bench-train"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Seconds a training step beside diffusers + peft + accelerate, which must compute the same. Exit code 1 if not."""
+    from flux_ft.bench.train import bench_train
+
+    result = bench_train(full, cells or (), output, steps=steps, order=order.split(","), settings=settings or ())
+    _report(result.as_json(), result.for_people(), as_json, words_are_data=True)
+    if not result.ok:
+        raise typer.Exit(1)
 
 
 @bench.command("full")
