@@ -1,6 +1,6 @@
 """LoRA on a denoiser: attaching by peft, reading off, merging.
 
-Shapes in names: R rank, O out features, I in features.
+Shapes in names: B batch and tokens, R rank, O out features, I in features.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flux_ft import flow
 from flux_ft.errors import AdapterError, ConfigError
@@ -62,7 +64,8 @@ def attach_new(
     Each down matrix is drawn for its own path, so the same module starts alike whatever else is adapted; the bound is
     peft's own, Kaiming uniform with a = sqrt(5), which is 1 / sqrt(in features).
     """
-    inject(denoiser, TRAINED, dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha), dropout)
+    ranks, alphas = dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha)
+    inject(denoiser, TRAINED, ranks, alphas, dropout, linear=TrainedLinear)
     parameters = []
     for path, layer in layers_of(denoiser, TRAINED):
         down, up = layer.lora_A[TRAINED], layer.lora_B[TRAINED]
@@ -77,6 +80,64 @@ def attach_new(
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
+
+
+class TrainedLinear(PeftLinear):  # type: ignore[misc]
+    """peft's, which while a LoRA is trained on a frozen linear runs as one operation for autograd.
+
+    A quarter fewer operations a step; under autocast the input is cast once, not to float32 and back.
+    """
+
+    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        base = self.base_layer
+        plain = (
+            torch.is_grad_enabled()  # what is drawn and measured has the bits of a LoRA that is attached anew
+            and type(base) is nn.Linear
+            and not (base.weight.requires_grad or self.disable_adapters or self.merged or arguments or options)
+            and self.active_adapters == [TRAINED]
+            and type(self.lora_dropout[TRAINED]) is nn.Identity
+        )
+        if not plain:
+            return cast(Tensor, super().forward(x, *arguments, **options))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        down, up = self.lora_A[TRAINED].weight, self.lora_B[TRAINED].weight
+        inputs = x.to(dtype), base.weight, base.bias, down, up, self.scaling[TRAINED]
+        return cast(Tensor, _AdaptedLinear.apply(*inputs))  # type: ignore[no-untyped-call]
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """x Wᵀ + bias + scale · (x downᵀ) upᵀ in x's dtype, with gradients for x and the factors alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor, scale: float
+    ) -> Tensor:
+        ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down_RI.dtype, up_OR.dtype)
+        if scale != 1:
+            up_OR = up_OR * scale
+        weight_OI, down_RI, up_OR = weight_OI.to(x.dtype), down_RI.to(x.dtype), up_OR.to(x.dtype)
+        x_BI = x.reshape(-1, x.shape[-1])
+        inner_BR = x_BI.mm(down_RI.t())
+        base_BO = x_BI.mm(weight_OI.t()) if bias_O is None else torch.addmm(bias_O.to(x.dtype), x_BI, weight_OI.t())
+        ctx.save_for_backward(x_BI, weight_OI, down_RI, up_OR, inner_BR)
+        # Not in place: recomputing may have kept the base's result.
+        return torch.addmm(base_BO, inner_BR, up_OR.t()).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_BI, weight_OI, down_RI, up_OR, inner_BR = ctx.saved_tensors
+        grad_BO = grad.reshape(-1, grad.shape[-1])
+        inner_grad_BR = grad_BO.mm(up_OR)
+        up_grad_OR = grad_BO.t().mm(inner_BR).to(ctx.dtypes[1])
+        if ctx.scale != 1:
+            up_grad_OR *= ctx.scale
+        down_grad_RI = inner_grad_BR.t().mm(x_BI).to(ctx.dtypes[0])
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad_BO.mm(weight_OI).addmm_(inner_grad_BR, down_RI).view(ctx.shape)
+        return x_grad, None, None, down_grad_RI, up_grad_OR, None
 
 
 def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:
@@ -143,8 +204,12 @@ def inject(
     alphas: dict[str, float],
     dropout: float = 0.0,
     bias: bool = False,
+    linear: type[PeftLinear] | None = None,
 ) -> None:
-    """Put an empty LoRA on the modules that `ranks` names; with `bias`, one that adds to biases too."""
+    """Put an empty LoRA on the modules that `ranks` names; with `bias`, one that adds to biases too.
+
+    `linear` is what peft makes of a linear, in place of its own.
+    """
     config = LoraConfig(
         r=next(iter(ranks.values())),
         lora_alpha=next(iter(alphas.values())),
@@ -156,6 +221,8 @@ def inject(
         target_modules="|".join(map(re.escape, ranks)),
         init_lora_weights=False,
     )
+    if linear is not None:
+        config._register_custom_module({nn.Linear: linear})
     with warnings.catch_warnings():  # several LoRAs on one model are meant
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, denoiser, adapter_name=name)

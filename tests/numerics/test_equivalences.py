@@ -451,8 +451,9 @@ def test_who_stops_does_not_wait_for_pictures(start: Callable[..., Run], tmp_pat
     settings: dict[str, Any] = {"iterations": 4, "validation": {"fraction": 0.2, "every": 2}, "preview": {"every": 1}}
     done: list[tuple[str, int]] = []
     noted: dict[str, Any] = {
-        "preview": lambda step: done.append(("preview", step)), "validate": lambda step: done.append(("validate", step)),
-    }  # fmt: skip
+        "preview": lambda step: done.append(("preview", step)),
+        "validate": lambda step: done.append(("validate", step)),
+    }
     run = start(**settings)
     saving = {"save": lambda at, _: run.save(tmp_path, at)}
     run.train(**noted, **saving, wish=lambda: Wish.STOP if run.state.step == 2 else Wish.GO_ON)

@@ -149,8 +149,7 @@ def heavy_of_the_blocks(denoiser: nn.Module, run: Callable[[], Tensor]) -> Count
 
     handles = [block.register_forward_pre_hook(enter) for block in blocks_of(denoiser)]
     handles += [block.register_forward_hook(leave) for block in blocks_of(denoiser)]
-    with torch.no_grad():
-        run()
+    run()  # with gradients: without them a LoRA is computed by other operations
     for handle in handles:
         handle.remove()
     return total

@@ -129,6 +129,77 @@ def test_a_new_lora_changes_nothing_and_is_float32():
     assert all(one.any() for one in parameters[::2])
 
 
+def gradients(layer, x, policy_dtype=None):
+    """The result of an adapted linear and its gradients, by name."""
+    layer.zero_grad(set_to_none=True)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=policy_dtype is torch.bfloat16):
+        out = layer(x)
+    (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    factors = {name: one.grad for name, one in layer.named_parameters() if one.grad is not None}
+    return {"out": out.detach(), "x": x.grad, **factors}
+
+
+def trained_and_pefts(monkeypatch, bias=True, **options):
+    """One adapted linear with values in both factors, as it is trained and as peft computes it."""
+    torch.manual_seed(0)
+    model, parameters = attached([Q0], rank=4, **options)
+    layer = model.transformer_blocks[0].attn["to_q"]
+    if not bias:
+        layer.base_layer.bias = None
+    with torch.no_grad():
+        parameters[1].normal_()
+    x = torch.randn(2, 5, 8)
+
+    def both(dtype=None, x=x):
+        peft = type(layer).__mro__[1]
+        ours = gradients(layer, x, dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(layer), "forward", peft.forward)
+            return ours, gradients(layer, x, dtype)
+
+    return layer, both
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alpha", [4.0, 3.0])
+def test_a_trained_linear_computes_what_pefts_does(monkeypatch, alpha, bias):
+    layer, both = trained_and_pefts(monkeypatch, bias, alpha=alpha)
+    ours, theirs = both()
+    assert type(layer) is lora.TrainedLinear
+    assert len(ours) == 4
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        torch.testing.assert_close(one, theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_trained_linear_is_as_exact_in_bf16_as_pefts(monkeypatch):
+    layer, both = trained_and_pefts(monkeypatch)
+    layer.base_layer.bfloat16()
+    x = torch.randn(2, 5, 8).bfloat16()
+    ours, theirs = both(torch.bfloat16, x)
+    layer.base_layer.float()
+    exact = both(x=x.float())[0]
+    assert ours["out"].dtype is ours["x"].dtype is torch.bfloat16
+    for name, one in exact.items():
+        error, pefts = ((got[name].float() - one).norm() / one.norm() for got in (ours, theirs))
+        assert error < max(1.2 * pefts, 2**-8)
+        assert name in ("out", "x") or ours[name].dtype is torch.float32
+
+
+@pytest.mark.parametrize("how", ["thawed", "disabled", "dropout"])
+def test_what_is_no_plain_lora_on_a_frozen_linear_is_left_to_peft(monkeypatch, how):
+    layer, both = trained_and_pefts(monkeypatch, dropout=0.5 if how == "dropout" else 0.0)
+    layer.eval()  # no draws
+    if how == "thawed":
+        layer.base_layer.requires_grad_(True)
+    layer.enable_adapters(how != "disabled")
+    ours, theirs = both()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(one, theirs[name]) for name, one in ours.items())
+    assert ("base_layer.weight" in ours) is (how == "thawed")
+
+
 def test_down_is_uniform_within_its_bound():
     model = Model(width=64)
     lora.attach_new(model, ALL, 32, 32.0, 0.0, 0)
