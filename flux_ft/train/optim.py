@@ -7,6 +7,7 @@ to nearest would lose it. So every such weight is widened to float32, moved, and
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -254,7 +255,10 @@ class Updates:
         optimizer, parameter = self._optimizer_of(name), self._moved[name]
         if optimizer is not None:
             device = self._device or parameter.device
-            optimizer.state[parameter] = {key: v.to(device) if torch.is_tensor(v) else v for key, v in state.items()}
+            optimizer.state[parameter] = {
+                sys.intern(key): v.to(device) if torch.is_tensor(v) else v  # one object each, as pickle would see
+                for key, v in state.items()
+            }
 
     def _optimizer_of(self, name: str) -> torch.optim.Optimizer | None:
         if not self._moved[name].numel():

@@ -15,6 +15,7 @@ EVERY_POINT = """
 import json, os, shutil, sys
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from flux_ft.train import checkpoint
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -45,7 +46,7 @@ while True:
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found, _ = checkpoint.latest(folder)
-    held = found and float(found.read().weights["a"][0])
+    held = found and float(load_file(found.path / checkpoint.WEIGHTS)["a"][0])
     save(folder, step + 1, keep=2)  # and whatever was left is in nobody's way
     names = sorted(path.name for path in folder.iterdir())
     ended.append([code, found and found.about.step, held, names])
