@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 NUM_SQUARE, NUM_TALL = 6, 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_accelerator_is_remembered() -> Iterator[None]:
+    """Wipe what accelerate keeps in a process, its precision above all, after each file of tests."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
