@@ -163,6 +163,11 @@ def trained_steps(folder: Path) -> list[int]:
     return [row["step"] for row in rows if "loss" in row]
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run could be resumed now: a save goes on beside the steps after it."""
+    return any((folder / "checkpoints").glob("step-??????"))
+
+
 def wait_until(condition: Callable[[], bool], child: subprocess.Popen[str], what: str) -> None:
     """Wait for something that `child` brings about; fails when it ends without."""
     deadline = time.monotonic() + CHILD_SECONDS

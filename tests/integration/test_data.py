@@ -19,6 +19,7 @@ from _verbs import (
     SCENES,
     Done,
     assert_refused,
+    has_checkpoint,
     hashes,
     run_here,
     run_verb,
@@ -300,7 +301,8 @@ class TestTrainingOnAllOfIt:
         place, files = straight
         words = ("train", place / "run.yaml", "output=killed", "checkpoint.every=2")
         child = start_verb(*words, cwd=place)
-        wait_until(lambda: len(trained_steps(place / "killed")) >= 5, child, "step 5")
+        folder = place / "killed"
+        wait_until(lambda: len(trained_steps(folder)) >= 5 and has_checkpoint(folder), child, "step 5 and a checkpoint")
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()  # type: ignore[union-attr]
@@ -310,7 +312,7 @@ class TestTrainingOnAllOfIt:
         import torch
         from safetensors.torch import load
 
-        for path in (place / "killed").glob("*.safetensors"):
+        for path in folder.glob("*.safetensors"):
             resumed, whole = load(path.read_bytes()), load(files[path.name])  # type: ignore[arg-type]
             assert resumed.keys() == whole.keys()
             assert all(torch.equal(resumed[name], whole[name]) for name in whole)

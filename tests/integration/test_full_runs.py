@@ -21,6 +21,7 @@ from _verbs import (
     assert_refused,
     child_env,
     finish,
+    has_checkpoint,
     hashes,
     metrics,
     run_here,
@@ -292,7 +293,7 @@ class TestKilled:
         folder, env = place / "killed", child_env() | QUICK
         words = ("train", run_file, "output=killed")
         child = start_verb(*words, cwd=place, env=env)
-        wait_until(lambda: len(trained_steps(folder)) >= 3, child, "step 3")
+        wait_until(lambda: len(trained_steps(folder)) >= 3 and has_checkpoint(folder), child, "step 3 and a checkpoint")
         child.send_signal(signal.SIGKILL)
         child.communicate()
         assert 3 <= trained_steps(folder)[-1] < STEPS

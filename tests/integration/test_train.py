@@ -117,7 +117,7 @@ def interrupted(place: Path, run_file: Path) -> Interrupted:
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
 
     child = start_verb(*words, "--resume", cwd=place)
-    wait_until(lambda: len(trained_steps(folder)) >= 8, child, "step 8")
+    wait_until(lambda: len(trained_steps(folder)) >= 8, child, "step 8")  # before it, step 6 waited for the save of 3
     child.send_signal(signal.SIGKILL)
     child.communicate()
     steps_when_killed = trained_steps(folder)
