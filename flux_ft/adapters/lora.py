@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from flux_ft import flow
 from flux_ft.errors import AdapterError, ConfigError
+from flux_ft.families import products
 from flux_ft.types import AdapterState, LoraLayer
 
 TRAINED = "trained"
@@ -89,45 +90,57 @@ class TrainedLinear(PeftLinear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        base = self.base_layer
+        weight = products.frozen(self.base_layer)
         plain = (
             torch.is_grad_enabled()  # what is drawn and measured has the bits of a LoRA that is attached anew
-            and type(base) is nn.Linear
-            and not (base.weight.requires_grad or self.disable_adapters or self.merged or arguments or options)
+            and not (self.disable_adapters or self.merged or arguments or options)
             and self.active_adapters == [TRAINED]
             and type(self.lora_dropout[TRAINED]) is nn.Identity
         )
-        if not plain:
+        if weight is None or not plain:
             return cast(Tensor, super().forward(x, *arguments, **options))
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        elif weight.kind == "plain":
+            x = x.to(weight.tensors[0].dtype)
         down, up = self.lora_A[TRAINED].weight, self.lora_B[TRAINED].weight
-        inputs = x.to(dtype), base.weight, base.bias, down, up, self.scaling[TRAINED]
+        inputs = x, self.base_layer.bias, down, up, self.scaling[TRAINED], weight.kind, *weight.tensors
         return cast(Tensor, _AdaptedLinear.apply(*inputs))  # type: ignore[no-untyped-call]
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · (x downᵀ) upᵀ in x's dtype, with gradients for x and the factors alone."""
+    """x Wᵀ + bias + scale · (x downᵀ) upᵀ in x's dtype, with gradients for x and the factors alone.
+
+    The weight comes as tensors, as `products` tells its kinds, so that a compiler can follow.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, down_RI: Tensor, up_OR: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        bias_O: Tensor | None,
+        down_RI: Tensor,
+        up_OR: Tensor,
+        scale: float,
+        kind: str,
+        *held: Tensor,
     ) -> Tensor:
-        ctx.shape, ctx.scale, ctx.dtypes = x.shape, scale, (down_RI.dtype, up_OR.dtype)
+        ctx.shape, ctx.scale, ctx.kind, ctx.dtypes = x.shape, scale, kind, (down_RI.dtype, up_OR.dtype)
         if scale != 1:
             up_OR = up_OR * scale
-        weight_OI, down_RI, up_OR = weight_OI.to(x.dtype), down_RI.to(x.dtype), up_OR.to(x.dtype)
+        down_RI, up_OR = down_RI.to(x.dtype), up_OR.to(x.dtype)
         x_BI = x.reshape(-1, x.shape[-1])
         inner_BR = x_BI.mm(down_RI.t())
-        base_BO = x_BI.mm(weight_OI.t()) if bias_O is None else torch.addmm(bias_O.to(x.dtype), x_BI, weight_OI.t())
-        ctx.save_for_backward(x_BI, weight_OI, down_RI, up_OR, inner_BR)
+        base_BO = products.product(products.Frozen(kind, held), x_BI, bias_O)
+        ctx.save_for_backward(x_BI, down_RI, up_OR, inner_BR, *held)
         # Not in place: recomputing may have kept the base's result.
         return torch.addmm(base_BO, inner_BR, up_OR.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_BI, weight_OI, down_RI, up_OR, inner_BR = ctx.saved_tensors
+        x_BI, down_RI, up_OR, inner_BR, *held = ctx.saved_tensors
         grad_BO = grad.reshape(-1, grad.shape[-1])
         inner_grad_BR = grad_BO.mm(up_OR)
         up_grad_OR = grad_BO.t().mm(inner_BR).to(ctx.dtypes[1])
@@ -136,8 +149,9 @@ class _AdaptedLinear(torch.autograd.Function):
         down_grad_RI = inner_grad_BR.t().mm(x_BI).to(ctx.dtypes[0])
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad_BO.mm(weight_OI).addmm_(inner_grad_BR, down_RI).view(ctx.shape)
-        return x_grad, None, None, down_grad_RI, up_grad_OR, None
+            base_grad_BI = products.product_back(products.Frozen(ctx.kind, tuple(held)), grad_BO)
+            x_grad = base_grad_BI.addmm_(inner_grad_BR, down_RI).view(ctx.shape)
+        return x_grad, None, down_grad_RI, up_grad_OR, None, None, *(None for _ in held)
 
 
 def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:
