@@ -76,12 +76,21 @@ class Family(Protocol):
         """Tokenizers and encoders; drop the returned object to free them."""
         ...
 
+    def text_encoders(self, stack: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Each encoder with its blocks in the order in which they run, for those that may wait in host memory."""
+        ...
+
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module: ...
 
     def load_denoiser(
-        self, device: torch.device, dtype: torch.dtype, storage: Storage | None = None, stream: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: Storage | None = None,
+        stream: bool = False,
+        home: torch.device | None = None,
     ) -> nn.Module:
-        """The transformer, frozen; held as `storage` and streamed from host memory if wished."""
+        """The transformer, frozen; held as `storage`, streamed from host memory or left at `home`, if wished."""
         ...
 
     def encode_text(self, stack: Any, captions: list[str]) -> TextCond: ...

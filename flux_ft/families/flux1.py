@@ -11,15 +11,16 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from flux_ft import flow
-from flux_ft.errors import ModelError
+from flux_ft import flow, log
+from flux_ft.errors import ModelError, first_line, some_of
 from flux_ft.families import layout, quantize
+from flux_ft.families.ahead import read_ahead
 from flux_ft.families.base import ImageInput, Variant
-from flux_ft.families.hub import load_part
+from flux_ft.families.hub import find_weights, load_part
+from flux_ft.families.reading import Carrier, fill, mapped
 from flux_ft.families.tokens import CLIP_TOKENS
 from flux_ft.types import ImageCond, TextCond
 
@@ -59,8 +60,9 @@ class Flux1:
 
     def load_text(self, device: torch.device, dtype: torch.dtype) -> TextStack:
         """Both encoders, in evaluation mode. Raises ModelError when a part is missing."""
-        clip = _load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype).to(device).eval()
-        t5 = _load(T5EncoderModel, self.parts, "text_encoder_2", dtype=dtype).to(device).eval()
+        carrier = Carrier(device)
+        clip = carrier.bring_all(_load(CLIPTextModel, self.parts, "text_encoder", dtype=dtype)).eval()
+        t5 = carrier.bring_all(_load(T5EncoderModel, self.parts, "text_encoder_2", dtype=dtype)).eval()
         return TextStack(
             clip_tokenizer=_load_tokenizer(CLIPTokenizer, self.parts, "tokenizer", clip.config.vocab_size),
             clip=clip,
@@ -68,28 +70,33 @@ class Flux1:
             t5=t5,
         )
 
+    def text_encoders(self, stack: TextStack) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """CLIP, which is small and stays as a whole, and T5 with its blocks."""
+        return [(stack.clip, []), (stack.t5, list(cast(Any, stack.t5).encoder.block))]
+
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The autoencoder, in evaluation mode, frozen."""
         vae = _load(AutoencoderKL, self.parts, "vae", dtype=dtype)
-        return cast(nn.Module, vae.to(device).eval().requires_grad_(False))
+        return cast(nn.Module, Carrier(device).bring_all(vae).eval().requires_grad_(False))
 
     def load_denoiser(
-        self, device: torch.device, dtype: torch.dtype, storage: quantize.Storage | None = None, stream: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: quantize.Storage | None = None,
+        stream: bool = False,
+        home: torch.device | None = None,
     ) -> nn.Module:
-        """The transformer, frozen. Raises ModelError when the checkpoint is not FLUX.1's or does not fit.
+        """The transformer, frozen, held as `quantize.hold` says. Raises ModelError when the checkpoint does not fit.
 
-        With `storage` or `stream` its weights are held as `quantize.hold` says.
+        Its weights are read one at a time, on their way; on a CPU, those of the right dtype stay pages of their file.
         """
-        # Published weights are bf16, so nothing is lost by way of it.
-        loaded = dtype if storage is None else quantize.PLAIN.get(storage, torch.bfloat16)
         if self.source.endswith(".safetensors"):
-            denoiser = _transformer_from_file(Path(self.source), self.parts, loaded)
+            denoiser = _transformer_from_file(Path(self.source), self.parts)
         else:
-            denoiser = _load(FluxTransformer2DModel, self.source, "transformer", dtype=loaded)
+            denoiser = _transformer_from_folder(self.source, dtype)
         self._require_fit(denoiser.config)
-        if storage is not None or stream:
-            return quantize.hold(denoiser, self.blocks(denoiser).values(), storage, device, dtype, stream)
-        return denoiser.to(device).eval().requires_grad_(False)
+        return quantize.hold(denoiser, self.blocks(denoiser).values(), storage, device, dtype, stream, home)
 
     def _require_fit(self, config: Any) -> None:
         channels = self.input_features(self.variant.image_input)
@@ -262,8 +269,35 @@ def _load_tokenizer(cls: Any, source: str, subfolder: str, vocab_size: int) -> A
     return tokenizer
 
 
-def _transformer_from_file(path: Path, parts: str, dtype: torch.dtype) -> nn.Module:
-    """Build the transformer that `parts` describes and fill it from one file, exactly or not at all."""
+def _outline(config: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
+
+
+def _transformer_from_folder(source: str, dtype: torch.dtype) -> Any:
+    """The transformer of a folder or a Hub id, with mapped weights."""
+    label, hint = f"{source}: `transformer`", f"give {_WHOLE}; if it is one, download it again"
+    folder, files = find_weights(source, "transformer", _WHOLE)
+    read_ahead(files)
+    try:
+        config = dict(FluxTransformer2DModel.load_config(folder))
+        denoiser = _outline(config)
+    except Exception as error:
+        raise ModelError(f"{label} could not be loaded: {first_line(error)}", hint=f"give {_WHOLE}") from error
+    if config.get("quantization_config"):  # diffusers reads what its quantisers have written
+        return _load(FluxTransformer2DModel, source, "transformer", dtype=dtype)
+    denoiser.register_to_config(_name_or_path=source)
+    tensors, wanted = mapped(files), denoiser.state_dict().keys()
+    if unused := sorted(tensors.keys() - wanted):
+        log.warn(f"{label}: {len(unused)} tensors are of no use: {some_of(unused, 1)}")
+    kept = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    fill(denoiser, kept, f"{label} does not fit its config.json", hint)
+    return denoiser
+
+
+def _transformer_from_file(path: Path, parts: str) -> Any:
+    """The transformer that `parts` describes with the mapped weights of one file, exactly or not at all."""
+    read_ahead([path])
     tensors = read_single_file(path)
     try:
         config = dict(FluxTransformer2DModel.load_config(parts, subfolder="transformer"))
@@ -272,29 +306,17 @@ def _transformer_from_file(path: Path, parts: str, dtype: torch.dtype) -> nn.Mod
             f"{parts}: `transformer/config.json`, which says how {path.name} is built, could not be read",
             hint="give as `model_parts` a variant's name, a folder or a Hub id that you can reach",
         ) from error
-    config["guidance_embeds"] = any("guidance_embedder" in key for key in tensors)
-    with torch.device("meta"):
-        denoiser = FluxTransformer2DModel.from_config(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != found:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise ModelError(
-            f"{path}: does not fit {parts}: {len(odd)} tensors are missing, extra or of another shape; first: "
-            f"{odd[0]} is {found.get(odd[0], 'missing')}, expected {wanted.get(odd[0], 'no such tensor')}",
-            hint="give as `model_parts` the folder or Hub id of the model that this checkpoint was made from",
-        )
-    denoiser.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-    return cast(nn.Module, denoiser)
+    denoiser = _outline(config | {"guidance_embeds": any("guidance_embedder" in key for key in tensors)})
+    fill(
+        denoiser, tensors, f"{path}: does not fit {parts}",
+        "give as `model_parts` the folder or Hub id of the model that this checkpoint was made from",
+    )  # fmt: skip
+    return denoiser
 
 
 def read_single_file(path: Path) -> dict[str, Tensor]:
-    """A transformer's weights from one safetensors file, in diffusers' names. Raises ModelError for anything else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: not a readable safetensors file: {error}", hint="download it again") from error
+    """A transformer's mapped weights of one safetensors file, in diffusers' names. Raises ModelError for others."""
+    tensors = mapped([path])
     if any(tensor.dtype.itemsize == 1 for tensor in tensors.values()):
         raise ModelError(f"{path}: holds 8-bit weights", hint="train from the bf16 or fp16 file of the same model")
     if not layout.is_original(tensors):

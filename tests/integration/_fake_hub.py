@@ -1,4 +1,4 @@
-"""A Hugging Face Hub of datasets on the loopback, with the few routes that the client libraries call.
+"""A Hugging Face Hub of datasets and models on the loopback, with the few routes that the client libraries call.
 
 repos = {"ann/cats": Repo({"main": {"data/train-00000-of-00001.parquet": b"…"}})}
 with serve(repos) as hub:
@@ -93,13 +93,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.seen.append(f"{self.command} {path}")
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        if found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             self._info(found[1], found[2] or "main")
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             self._tree(found[1], found[2], found[3] or "", recursive="recursive=true" in self.path.lower())
-        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+        elif found := re.fullmatch(r"/api/(?:datasets|models)/([^/]+/[^/]+)/paths-info/([^/]+)", path):
             self._paths_info(found[1], found[2], body)
-        elif found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(found[1], found[2], found[3])
         else:
             self._refuse(404, "EntryNotFound")

@@ -22,8 +22,15 @@ NOW = About(0, {"seed": 3, "lora_rank": 16}, {"torch version": "2"})
 LATE = {"base model": "aa", "encoded pictures and captions": "bb"}
 
 
-def accept(now: About = NOW, strict: bool = True, allow: bool = False, late: dict[str, Any] | None = None) -> About:
-    return accept_drift(SAVED, now, strict=strict, allow=allow, late=late)
+def accept(
+    now: About = NOW,
+    strict: bool = True,
+    allow: bool = False,
+    late: dict[str, Any] | None = None,
+    chosen: dict[str, Any] | None = None,
+    saved: About = SAVED,
+) -> About:
+    return accept_drift(saved, now, strict=strict, allow=allow, late=late, chosen=chosen)
 
 
 def refused(**given: Any) -> tuple[str, str]:
@@ -51,6 +58,21 @@ def test_every_changed_setting_is_named_with_both_values() -> None:
     assert "`prior.weight` was None, is now 2.0; `seed` was 3, is now 4" in message
     assert "lora_rank" not in message
     assert "--allow-drift" in hint
+
+
+def test_kernels_are_compared_once_they_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    saved = replace(SAVED, circumstances={**SAVED.circumstances, "attention kernel": "flash"})
+    first = accept(saved=saved)
+    same = accept(first, saved=saved, late=LATE, chosen={"attention kernel": "flash"})
+    assert same.circumstances == saved.circumstances
+    changed: dict[str, Any] = {"saved": saved, "late": LATE, "chosen": {"attention kernel": "native"}}
+    message, _ = refused(now=first, **changed)
+    assert "`attention kernel` was 'flash', is now 'native'" in message
+    message, _ = refused(now=first, saved=saved, late=LATE)
+    assert "`attention kernel` was 'flash', is now None" in message
+    assert capsys.readouterr().err == ""
+    assert accept(first, strict=False, **changed).circumstances["attention kernel"] == "native"
+    assert "`attention kernel` was 'flash', is now 'native'" in capsys.readouterr().err
 
 
 def test_with_leave_it_goes_on_and_the_next_checkpoints_tell(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,5 +167,5 @@ def test_order_shape_dtype_and_names_count(monkeypatch: pytest.MonkeyPatch) -> N
     renamed = weights()
     renamed["c"] = renamed.pop("a")
     assert weights_digest(renamed.items()) != told
-    monkeypatch.setattr("flux_ft.train.digest._CHUNK", 5)
+    monkeypatch.setattr("flux_ft.train.digest._CPU_CHUNK", 5)
     assert weights_digest(weights().items()) == told
