@@ -19,6 +19,7 @@ from flux_ft import flow, log
 from flux_ft.data.cache import Examples
 from flux_ft.data.loader import collate
 from flux_ft.families.base import Family
+from flux_ft.families.quantize import compute_dtype
 from flux_ft.infer.grid import labelled_grid
 from flux_ft.train.loop import TRAIN_GUIDANCE, VALIDATION_SIGMAS
 from flux_ft.types import Bucket, CachedExample, TextCond
@@ -127,7 +128,7 @@ def predictions(
     Example by example, and for each sigma by sigma. On the means of the latents and captions as written, at training's
     guidance; the noise is keyed by (seed, the picture's digest). The denoiser keeps its mode.
     """
-    dtype = next(denoiser.parameters()).dtype
+    dtype = compute_dtype(denoiser)
     was_training = denoiser.training
     denoiser.eval()
     try:

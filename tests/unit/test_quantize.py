@@ -23,9 +23,9 @@ from flux_ft.types import AdapterState, LoraLayer, TextCond
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 OFF = {"bf16": 0.01, "int8": 0.004, "fp8": 0.015, "nf4": 0.05}
-"""The most that flux-tiny's velocity may be off, relative; measured: 0.0056, 0.0028, 0.0100, 0.0340."""
+"""The most that flux-tiny's velocity may be off, relative; measured: 0.0058, 0.0026, 0.0093, 0.0343."""
 LORA_OFF = {"int8": 0.02, "fp8": 0.06, "nf4": 0.2}
-"""The same of what a LoRA changes, which is 3 % of the velocity; measured: 0.011, 0.040, 0.140."""
+"""The same of what a LoRA changes, which is 3 % of the velocity; measured: 0.011, 0.038, 0.129."""
 BYTES = {"bf16": 2.0, "int8": 1.01, "fp8": 1.01, "nf4": 0.51}
 
 
@@ -72,7 +72,9 @@ class TestStoredLinear:
         grid_OI, scale_O = store(weight_OI, storage)
         error_OI = (grid_OI.float() * scale_O[:, None] - weight_OI).abs()
         assert grid_OI.element_size() == 1
-        assert (error_OI / weight_OI.abs().amax(dim=1, keepdim=True)).max() <= most * 1.001
+        # The scale is rounded to bf16.
+        assert (error_OI / weight_OI.abs().amax(dim=1, keepdim=True)).max() <= most * (1 + 2**-8)
+        assert scale_O.dtype == BF16
 
     @pytest.mark.parametrize("storage", ["int8", "fp8"])
     def test_rows_of_zeros_stay_zero_and_the_input_is_left_alone(self, storage: str) -> None:
