@@ -17,15 +17,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flux_ft import flow
+from flux_ft.adapters.adapted import TRAINED as TRAINED
+from flux_ft.adapters.adapted import TrainedLinear
 from flux_ft.errors import AdapterError, ConfigError
-from flux_ft.families import products
 from flux_ft.types import AdapterState, LoraLayer
 
-TRAINED = "trained"
-"""Name of the adapter that training attaches."""
 ATTENTION = r".*\.attn\..*"
 
 
@@ -58,15 +56,22 @@ def choose_targets(
 
 
 def attach_new(
-    denoiser: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float, seed: int
+    denoiser: nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    linear: type[PeftLinear] | None = TrainedLinear,
 ) -> list[nn.Parameter]:
     """Attach a LoRA that changes nothing yet (up = 0), in float32, and return its parameters.
 
     Each down matrix is drawn for its own path, so the same module starts alike whatever else is adapted; the bound is
-    peft's own, Kaiming uniform with a = sqrt(5), which is 1 / sqrt(in features).
+    peft's own, Kaiming uniform with a = sqrt(5), which is 1 / sqrt(in features). `linear` is what peft makes of each,
+    None its own.
     """
     ranks, alphas = dict.fromkeys(targets, rank), dict.fromkeys(targets, alpha)
-    inject(denoiser, TRAINED, ranks, alphas, dropout, linear=TrainedLinear)
+    inject(denoiser, TRAINED, ranks, alphas, dropout, linear=linear)
     parameters = []
     for path, layer in layers_of(denoiser, TRAINED):
         down, up = layer.lora_A[TRAINED], layer.lora_B[TRAINED]
@@ -81,77 +86,6 @@ def attach_new(
     for parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
-
-
-class TrainedLinear(PeftLinear):  # type: ignore[misc]
-    """peft's, which while a LoRA is trained on a frozen linear runs as one operation for autograd.
-
-    A quarter fewer operations a step; under autocast the input is cast once, not to float32 and back.
-    """
-
-    def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        weight = products.frozen(self.base_layer)
-        plain = (
-            torch.is_grad_enabled()  # what is drawn and measured has the bits of a LoRA that is attached anew
-            and not (self.disable_adapters or self.merged or arguments or options)
-            and self.active_adapters == [TRAINED]
-            and type(self.lora_dropout[TRAINED]) is nn.Identity
-        )
-        if weight is None or not plain:
-            return cast(Tensor, super().forward(x, *arguments, **options))
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        elif weight.kind == "plain":
-            x = x.to(weight.tensors[0].dtype)
-        down, up = self.lora_A[TRAINED].weight, self.lora_B[TRAINED].weight
-        inputs = x, self.base_layer.bias, down, up, self.scaling[TRAINED], weight.kind, *weight.tensors
-        return cast(Tensor, _AdaptedLinear.apply(*inputs))  # type: ignore[no-untyped-call]
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · (x downᵀ) upᵀ in x's dtype, with gradients for x and the factors alone.
-
-    The weight comes as tensors, as `products` tells its kinds, so that a compiler can follow.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias_O: Tensor | None,
-        down_RI: Tensor,
-        up_OR: Tensor,
-        scale: float,
-        kind: str,
-        *held: Tensor,
-    ) -> Tensor:
-        ctx.shape, ctx.scale, ctx.kind, ctx.dtypes = x.shape, scale, kind, (down_RI.dtype, up_OR.dtype)
-        if scale != 1:
-            up_OR = up_OR * scale
-        down_RI, up_OR = down_RI.to(x.dtype), up_OR.to(x.dtype)
-        x_BI = x.reshape(-1, x.shape[-1])
-        inner_BR = x_BI.mm(down_RI.t())
-        base_BO = products.product(products.Frozen(kind, held), x_BI, bias_O)
-        ctx.save_for_backward(x_BI, down_RI, up_OR, inner_BR, *held)
-        # Not in place: recomputing may have kept the base's result.
-        return torch.addmm(base_BO, inner_BR, up_OR.t()).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_BI, down_RI, up_OR, inner_BR, *held = ctx.saved_tensors
-        grad_BO = grad.reshape(-1, grad.shape[-1])
-        inner_grad_BR = grad_BO.mm(up_OR)
-        up_grad_OR = grad_BO.t().mm(inner_BR).to(ctx.dtypes[1])
-        if ctx.scale != 1:
-            up_grad_OR *= ctx.scale
-        down_grad_RI = inner_grad_BR.t().mm(x_BI).to(ctx.dtypes[0])
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            base_grad_BI = products.product_back(products.Frozen(ctx.kind, tuple(held)), grad_BO)
-            x_grad = base_grad_BI.addmm_(inner_grad_BR, down_RI).view(ctx.shape)
-        return x_grad, None, down_grad_RI, up_grad_OR, None, None, *(None for _ in held)
 
 
 def merge_state(denoiser: nn.Module, state: AdapterState, strength: float, name: str = "LoRA") -> None:
