@@ -125,6 +125,12 @@ def _require_cublas(device: torch.device, multiply: Callable[[torch.Tensor], Any
         ) from error
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits: NaN equals itself, 0 is not -0."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
 def circumstances(device: torch.device, processes: int, mode: Mode) -> dict[str, str | int]:
     """What a run's last bits depend on besides its settings and data, for people to read and for runs to compare.
 

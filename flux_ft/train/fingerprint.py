@@ -13,6 +13,7 @@ from typing import Any
 from flux_ft import log
 from flux_ft.config import DataConfig, RunConfig
 from flux_ft.errors import ConfigError
+from flux_ft.train import attention, compiled
 from flux_ft.train.checkpoint import About
 from flux_ft.train.setup import data_digest, fuses_backward
 from flux_ft.types import DatasetReport
@@ -23,6 +24,7 @@ FREE_TO_CHANGE = {
     *("output", "finetune_comment", "preview", "validation.every", "checkpoint", "export", "logging", "captioning"),
     *("webhook_url", "webhook_secret", "captioner", "priority", "determinism"),
     *(f"memory.{name}" for name in ("recompute", "fused_backward", "stream_blocks")),
+    *(f"speed.{name}" for name in ("fused_lora", "fused_attention", "attention", "compile")),
     *(f"data.{name}" for name in DataConfig.model_fields if name not in DATA_IN_LOOP),
     *("iterations", "learning_rate", "optim.batch_size", "optim.accumulate", "optim.name"),
 }
@@ -36,6 +38,8 @@ NEEDED = {
 BASE, ENCODED = "base model", "encoded pictures and captions"
 LATE = {BASE, ENCODED}
 """Facts that are known once models and data are loaded."""
+CHOSEN = {attention.FACT, compiled.FACT, compiled.UPDATE_FACT}
+"""Circumstances that are known then."""
 
 
 def run_fingerprint(config: RunConfig, report: DatasetReport, world: int) -> dict[str, Any]:
@@ -71,22 +75,33 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, s
 
 
 def accept_drift(
-    saved: About | None, now: About, *, strict: bool, allow: bool, late: Mapping[str, Any] | None = None
+    saved: About | None,
+    now: About,
+    *,
+    strict: bool,
+    allow: bool,
+    late: Mapping[str, Any] | None = None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> About:
     """What a run's next checkpoints tell, from what the one that it goes on from told, if there is one.
 
     Changed settings and data are refused, and in strict mode changed circumstances too, unless `allow`; else they are
-    warned of. `late` are facts that are known once models and data are loaded, in a second call with what the first
-    gave. Raises ConfigError that names every change.
+    warned of. `late` are facts, and `chosen` circumstances, that are known once models and data are loaded, in a second
+    call with what the first gave. Raises ConfigError that names every change.
     """
-    full = replace(now, fingerprint={**now.fingerprint, **(late or {})})
+    full = replace(
+        now,
+        fingerprint={**now.fingerprint, **(late or {})},
+        circumstances={**now.circumstances, **(chosen or {})},
+    )
     if saved is None:
         return full
     if late is None:
         settings = differences(_without(saved.fingerprint, LATE), now.fingerprint)
-        around = differences(saved.circumstances, now.circumstances)
+        around = differences(_without(saved.circumstances, CHOSEN), now.circumstances)
     else:
-        settings, around = differences({key: saved.fingerprint.get(key) for key in late}, late), {}
+        settings = differences({key: saved.fingerprint.get(key) for key in late}, late)
+        around = differences({key: saved.circumstances.get(key) for key in CHOSEN}, chosen or {})
     unfit = {key: settings[key] for key in settings.keys() & NEEDED}
     refused = unfit | ({} if allow else settings | (around if strict else {}))
     if refused:

@@ -21,6 +21,7 @@ from transformers.optimization import Adafactor
 from flux_ft.config import OptimConfig
 from flux_ft.errors import ConfigError
 from flux_ft.flow import key_seed
+from flux_ft.train.fused_update import FusedUpdate, draw_noise
 
 # --- Optimizers. One more is one more row. ---
 
@@ -190,8 +191,13 @@ class Updates:
         max_norm: float = math.inf,
         seed: int = 0,
         device: torch.device | None = None,
+        update: FusedUpdate | None = None,
     ) -> None:
-        """`device` is where weights are moved, if that is not where they are now: streamed ones only visit it."""
+        """`device` is where weights are moved, if that is not where they are now: streamed ones only visit it.
+
+        `update` moves and rounds bf16 weights in place of Adafactor and stochastic rounding.
+        """
+        self._update = update
         self._device = device
         self._trained, self._seed, self._max_norm = dict(trained), seed, max_norm
         self.fused_backward = fused_backward
@@ -290,6 +296,13 @@ class Updates:
         weight, gradient, extra = parameter.data, parameter.grad, self._extra[name]
         if gradient is None:
             return
+        seed = key_seed(self._seed, "rounding", self._step, name, *place_of(self._trained[name]))
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        if self._update is not None:
+            noise = draw_noise(weight, generator)
+            self._update(optimizer.state[parameter], optimizer.param_groups[0], weight, gradient, noise)
+            parameter.grad = None
+            return
         # The optimizer sees a float32 parameter: torch's, transformers' and bitsandbytes' need no other version.
         parameter.grad = None
         parameter.data = self._rounding.widen(weight, extra)
@@ -300,8 +313,6 @@ class Updates:
         finally:
             parameter.grad = None
             parameter.data = weight
-        seed = key_seed(self._seed, "rounding", self._step, name, *place_of(self._trained[name]))
-        generator = torch.Generator(weight.device).manual_seed(seed)
         self._rounding.narrow(wide, weight, extra, generator)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from flux_ft import cli, doctor
 from flux_ft.bench import repeat
-from flux_ft.bench.repeat import Probe, Row, Sizes, Tally, check_repeats, measure, same_bits
+from flux_ft.bench.repeat import Probe, Row, Sizes, Tally, check_repeats, measure
+from flux_ft.train.determinism import same_bits
 
 CPU = torch.device("cpu")
 NARROW = Sizes(
