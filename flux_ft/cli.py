@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -116,8 +117,15 @@ def train(
         launch.launch(gpus or 1, [*words, *(flag for flag, given in flags.items() if given)])
         return
     loaded = _load(run_file, overrides)
+    from flux_ft.families.ahead import read_model_ahead
+    from flux_ft.families.registry import find_variant
+    from flux_ft.infer.fit import host_bytes
+
+    _, source = find_variant(loaded.config.model, loaded.config.model_parts)
+    read_model_ahead(source, host_bytes())  # while the libraries are imported, which takes seconds
     from flux_ft.train.run import train as train_run
 
+    gc.freeze()  # what is imported stays: else each collection looks through half a million objects
     elsewhere = launch.is_one_of_several() and not gpus  # started by a launcher whose own words we do not know
     command = "the same command again with --resume" if elsewhere else log.command(*words, "--resume")
     result = train_run(loaded.config, resume=resume, command=command, allow_drift=allow_drift, max_seconds=limit)
@@ -153,7 +161,7 @@ def check(
 def plan(run_file: RunFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Tell what a run will need: memory by part, disk, time; and what else could be done, without loading a model."""
     loaded = _load(run_file, overrides)
-    from flux_ft.train.estimate import make_plan
+    from flux_ft.train.planning import make_plan
 
     made = make_plan(loaded.config)
     _report(made.as_json(), made.for_people(), as_json, words_are_data=True)
@@ -585,24 +593,51 @@ def bench_train(
     full: Annotated[bool, typer.Option("--full", help="FLUX.1-dev's size with random weights; takes a GPU")] = False,
     cells: Annotated[
         list[str] | None,
-        typer.Option(help="KIND-SIDE-bBATCH-RECOMPUTE, such as lora-1024-b1-full; may be given several times"),
+        typer.Option(
+            help="KIND-SIDE-bBATCH-RECOMPUTE, such as lora-1024-b1-full, and behind it -nf4, -fp8compute, -24gb; "
+            "or `quickstart`; `targets` is all that have a target; may be given several times"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="timed steps of each cell", min=1)] = 10,
     order: Annotated[
-        str, typer.Option(help="sides: ours, A (the peer's example), B (the peer tuned)")
+        str, typer.Option(help="sides: ours, `ours key=value`, A (the peer's example), B (the peer tuned)")
     ] = "A,ours,B,ours,A",
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="instead of peers: ours, and ours with each optimisation switched off")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="also write where ours spends its time, by kind of work")
+    ] = False,
     output: Annotated[Path, typer.Option(help="folder for train.json and train.png", metavar="DIR")] = Path(
         "bench-train"
     ),
     as_json: AsJson = False,
 ) -> None:
     """Seconds a training step beside diffusers + peft + accelerate, which must compute the same. Exit code 1 if not."""
-    from flux_ft.bench.train import bench_train
+    from flux_ft.bench.train import ABLATION, bench_train
 
-    result = bench_train(full, cells or (), output, steps=steps, order=order.split(","), settings=settings or ())
+    turns = ABLATION if ablate else order.split(",")
+    result = bench_train(full, cells or (), output, steps=steps, order=turns, settings=settings or (), profile=profile)
     _report(result.as_json(), result.for_people(), as_json, words_are_data=True)
     if not result.ok:
         raise typer.Exit(1)
+
+
+@bench.command("job")
+def bench_job(
+    settings: Overrides = None,
+    full: Annotated[bool, typer.Option("--full", help="FLUX.1-dev's size with random weights; takes a GPU")] = False,
+    model: Annotated[str | None, typer.Option(help="a model to train instead of random weights")] = None,
+    iterations: Annotated[int, typer.Option(help="steps", min=1)] = 300,
+    pictures: Annotated[int, typer.Option(help="made-up pictures of 1 MP", min=1)] = 20,
+    output: Annotated[Path, typer.Option(help="a new or empty folder", metavar="DIR")] = Path("bench-job"),
+    as_json: AsJson = False,
+) -> None:
+    """A whole run in a process of its own: seconds to the first step, of a step, and to the LoRA's file."""
+    from flux_ft.bench.job import bench_job, summary_for_people
+
+    result = bench_job(full, output, model=model, iterations=iterations, pictures=pictures, settings=settings or ())
+    _report(result, summary_for_people(result), as_json, words_are_data=True)
 
 
 @bench.command("full")
@@ -615,6 +650,26 @@ def bench_full(
     from flux_ft.bench.full import bench_full, summary_for_people
 
     result = bench_full(output, seed)
+    _report(result, summary_for_people(result), as_json, words_are_data=True)
+
+
+@bench.command("precision")
+def bench_precision(
+    output: Annotated[Path, typer.Option(help="a new or empty folder", metavar="DIR")] = Path("bench-precision"),
+    model: Annotated[str, typer.Option(help="the base; any but flux-tiny needs --data")] = "flux-tiny",
+    data: Annotated[Path | None, typer.Option(help="folder of pictures with captions", metavar="DIR")] = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, bf16, int8, fp8, nf4 or 'fp8 compute', may be given several times; all unless given"),
+    ] = None,
+    iterations: Annotated[int, typer.Option(help="steps of each training", min=1)] = 300,
+    seed: Annotated[int, typer.Option(help="seed of pictures, prompts and training", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What a base in fewer bytes costs: its loss, and what a LoRA learns on it, beside one in full precision."""
+    from flux_ft.bench.precision import bench_precision, summary_for_people
+
+    result = bench_precision(output, model=model, data=data, iterations=iterations, seed=seed, bases=base or ())
     _report(result, summary_for_people(result), as_json, words_are_data=True)
 
 

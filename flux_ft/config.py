@@ -235,17 +235,38 @@ class ScheduleConfig(Section):
 class MemoryConfig(Section):
     """What is given up to fit."""
 
-    base_precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of the frozen or tuned base; `auto` = bf16 on a GPU, fp32 on a CPU."""
+    base_precision: Literal["auto", "bf16", "fp32", "int8", "fp8", "nf4"] = "auto"
+    """Number format in which the base lies in memory; int8, fp8 and nf4 are for a LoRA's frozen base and compute in
+    bf16 on a GPU; `auto` = bf16 on a GPU, fp32 on a CPU."""
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
     """What the backward pass computes again in place of keeping it: nothing with `none`, all but matrix products and
-    attention with `selective`, everything with `full`; `auto` = full for models above a billion weights."""
+    attention with `selective`, everything with `full`; `auto` = the least that fits the device by the estimate."""
     fused_backward: bool | None = None
     """Move each weight as soon as its gradient is there, so that the gradients of the whole model never exist; `false`
     switches it off, `null` = in full fine-tunes on one GPU, without `optim.accumulate` and `optim.spike_factor`."""
-    stream_blocks: int = Field(default=0, ge=0)
+    stream_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks of the model that stay in host memory and visit the device in turn, for cards that cannot hold them all;
-    `0` keeps all on the device."""
+    `auto` = as few as the device needs by the estimate, none over several processes; `0` keeps all on the device."""
+
+
+class SpeedConfig(Section):
+    """What makes a step faster and changes its result by rounding alone; each can be switched off to compare."""
+
+    fused_lora: bool = True
+    """A LoRA on linears that read the same input runs as one operation, from factors that are cast once a step; `false`
+    leaves it to peft."""
+    fused_attention: bool = True
+    """Norms, rotary embeddings and attention in fewer operations, tables made once for each size; `false` leaves them
+    to diffusers."""
+    attention: Literal["auto", "native", "cudnn", "flash", "efficient", "flash3"] = "auto"
+    """Attention kernel; `auto` = on a GPU, the one that is fastest for the run's largest size in a test at the start;
+    `native` leaves the choice to torch."""
+    compile: Literal["auto", "off", "blocks", "graphs"] = "auto"
+    """Compile each kind of block once, and Adafactor's update; `graphs` also replays the blocks as CUDA graphs, which
+    takes more memory; `auto` = blocks on a GPU, for long runs of large models; `off` switches it off."""
+    fp8_compute: bool = False
+    """Multiply by the frozen weights in 8 bits, for GPUs that can (Hopper, Ada and later) at 1 MP and more, of a LoRA;
+    `false` switches it off."""
 
 
 class PreviewConfig(Section):
@@ -271,8 +292,11 @@ class PriorConfig(Section):
     """What the model must go on drawing as before: prior preservation."""
 
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Prompts without the trigger word whose pictures shall not change; each step takes twice as long; an empty list
-    switches it off."""
+    """Prompts without the trigger word whose pictures shall not change; a step that looks at them takes two to three
+    times as long; an empty list switches it off."""
+    every: int = Field(default=1, ge=1)
+    """Steps from one look at these prompts to the next, in which they weigh as much more; with 4 a run takes half the
+    time that it takes with `1`, which looks in each."""
     weight: float = Field(default=1.0, ge=0)
     """Weight of staying the same against learning the pictures, a plain number; `0` switches it off."""
 
@@ -370,6 +394,8 @@ class RunConfig(Section):
     """The learning rate over time; leave it out for a constant one."""
     memory: MemoryConfig = MemoryConfig()
     """Memory against speed; leave it out for the defaults."""
+    speed: SpeedConfig = SpeedConfig()
+    """Faster ways to the same result; leave it out for all that suit the machine."""
     prior: PriorConfig = PriorConfig()
     """What must not change; leave it out to let everything drift that may."""
     preview: PreviewConfig = PreviewConfig()
@@ -470,6 +496,15 @@ def contradictions(config: RunConfig) -> tuple[Contradiction, ...]:
                 "give `validation.every` a number of steps, or set `validation.fraction` to 0",
             )
         )
+    if config.optim.spike_factor is not None and config.prior.every > 1 and config.prior.prompts:
+        found.append(
+            Contradiction(
+                ("prior.every", "optim.spike_factor"),
+                f"`prior.every` is {config.prior.every}, so every such step has a longer gradient, and "
+                "`optim.spike_factor` would take these for spikes and leave them out",
+                "set `prior.every` to 1, or leave `optim.spike_factor` out",
+            )
+        )
     largest = max(config.data.resolutions or (0,))
     if config.data.max_pixels is not None and largest**2 > config.data.max_pixels:
         found.append(
@@ -483,45 +518,76 @@ def contradictions(config: RunConfig) -> tuple[Contradiction, ...]:
     return (*found, *_impossible_memory(config), *_doubled_sources(config))
 
 
+SMALL_BASES = ("int8", "fp8", "nf4")
+"""Of a LoRA's frozen base: held in fewer bytes than it computes with."""
+
+
 def _impossible_memory(config: RunConfig) -> Iterator[Contradiction]:
     memory, accumulate = config.memory, config.optim.accumulate
     full = config.finetune_type == "full"
+    streams = memory.stream_blocks not in (0, "auto")
     if full and memory.fused_backward and accumulate > 1:
         yield Contradiction(
             ("memory.fused_backward", "optim.accumulate"),
             f"`memory.fused_backward` uses each gradient up at once, but `optim.accumulate` is {accumulate}",
             "set `optim.accumulate` to 1, or leave `memory.fused_backward` out",
         )
+    if full and memory.base_precision in SMALL_BASES:
+        yield Contradiction(
+            ("finetune_type", "memory.base_precision"),
+            f"`finetune_type: full` moves the weights themselves, and `memory.base_precision: {memory.base_precision}` "
+            "holds them in numbers too coarse to be moved",
+            "set `memory.base_precision` to bf16, or `finetune_type` to lora",
+        )
+    if full and config.speed.fp8_compute:
+        yield Contradiction(
+            ("finetune_type", "speed.fp8_compute"),
+            "`speed.fp8_compute` multiplies by weights that stay as they are, and `finetune_type: full` moves them",
+            "leave out `speed.fp8_compute`, or set `finetune_type` to lora",
+        )
+    if config.speed.fp8_compute and memory.base_precision not in ("auto", "fp8"):
+        yield Contradiction(
+            ("speed.fp8_compute", "memory.base_precision"),
+            f"`speed.fp8_compute` multiplies by weights held as fp8, but `memory.base_precision` is "
+            f"{memory.base_precision}",
+            "leave `memory.base_precision` out, or set it to fp8",
+        )
+    if streams and memory.base_precision == "nf4":
+        yield Contradiction(
+            ("memory.stream_blocks", "memory.base_precision"),
+            "`memory.stream_blocks` cannot move weights that `memory.base_precision: nf4` packs",
+            "set `memory.base_precision` to int8, or `memory.stream_blocks` to 0",
+        )
     spikes = config.optim.spike_factor is not None
-    if full and spikes and (memory.fused_backward or memory.stream_blocks):
+    if full and spikes and (memory.fused_backward or streams):
         key = "memory.fused_backward" if memory.fused_backward else "memory.stream_blocks"
         yield Contradiction(
             ("optim.spike_factor", key),
             f"`optim.spike_factor` leaves a step out once all gradients are known; `{key}` has moved weights by then",
             f"leave out `optim.spike_factor` or `{key}`; without the latter all gradients stay in memory",
         )
-    if memory.stream_blocks and memory.recompute in ("none", "selective"):
+    if streams and memory.recompute in ("none", "selective"):
         yield Contradiction(
             ("memory.stream_blocks", "memory.recompute"),
             f"`memory.stream_blocks` needs each block computed again in the backward pass, but `memory.recompute` is "
             f"{memory.recompute}",
             "leave `memory.recompute` out, or set it to full",
         )
-    if full and memory.stream_blocks and accumulate > 1:
+    if full and streams and accumulate > 1:
         yield Contradiction(
             ("memory.stream_blocks", "optim.accumulate"),
             "`memory.stream_blocks` moves a block's weights before it leaves the device, but `optim.accumulate` is "
             f"{accumulate}",
             "set `optim.accumulate` to 1; a larger `optim.batch_size` averages as well",
         )
-    if full and memory.stream_blocks and config.full.rounding != "stochastic":
+    if full and streams and config.full.rounding != "stochastic":
         yield Contradiction(
             ("memory.stream_blocks", "full.rounding"),
             f"`full.rounding: {config.full.rounding}` keeps numbers beside every weight on the device, which "
             "`memory.stream_blocks` is to relieve",
             "set `full.rounding` to stochastic, or `memory.stream_blocks` to 0",
         )
-    if full and memory.stream_blocks and memory.fused_backward is False:
+    if full and streams and memory.fused_backward is False:
         yield Contradiction(
             ("memory.stream_blocks", "memory.fused_backward"),
             "`memory.stream_blocks` moves a block's weights before it leaves the device, but `memory.fused_backward` "
@@ -609,7 +675,7 @@ INEFFECTIVE: tuple[tuple[tuple[str, ...], Callable[[RunConfig], bool], str], ...
         "no source is a folder that captions could be written into",
     ),
     (
-        ("prior.weight",),
+        ("prior.weight", "prior.every"),
         lambda run: not run.prior.prompts,
         "`prior.prompts` is empty, so nothing is held in place",
     ),

@@ -1,6 +1,6 @@
-"""What a run will need, before it is started: memory by part, disk, operations and time, without any weights.
+"""What a run will need, before it is started: memory by part, disk and operations, without any weights.
 
-    RunConfig + Family ─Estimator.estimate→ Estimate;  several of them ─alternatives, make_plan→ Plan
+    RunConfig + Family ─Estimator.estimate→ Estimate;  what is done with it: `fitting.py`, `planning.py`
 
 A step of the real classes, with what the run trains attached and its recompute policy, is done with tensors that have
 shapes and no numbers (torch's FakeTensor), and every storage is counted while it is alive. Blocks of a kind are alike,
@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import time
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, cast
@@ -30,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,38 +35,49 @@ from torch.utils.flop_counter import flop_registry
 
 from flux_ft import flow
 from flux_ft.adapters import lora
-from flux_ft.config import RunConfig
-from flux_ft.errors import FluxFTError, ModelError
+from flux_ft.config import PriorConfig, RunConfig
+from flux_ft.errors import ModelError, first_line
 from flux_ft.families.base import Family
 from flux_ft.families.hub import is_hub_id
-from flux_ft.families.registry import open_family
+from flux_ft.families.products import NF4_BLOCK, NF4_SCALES_BLOCK, StoredLinear
+from flux_ft.families.quantize import GRIDS, Storage, compute_in_fp8
 from flux_ft.infer import fit
 from flux_ft.plan import training_areas
+from flux_ft.train.attention import set_attention
 from flux_ft.train.checkpoint import SPARE_BYTES
+from flux_ft.train.encoders import text_bytes
+from flux_ft.train.held import base_storage
 from flux_ft.train.loop import TRAIN_GUIDANCE
 from flux_ft.train.optim import LARGE_PARAMETERS, OPTIMIZERS, ROUNDINGS, Updates, resolve_optimizer
 from flux_ft.train.recompute import Policy, apply_recompute
 from flux_ft.train.resume import checkpoint_bytes, export_bytes
-from flux_ft.train.setup import attach_lora, base_dtype, choose_weights, encoder_dtype, fuses_backward
+from flux_ft.train.setup import (
+    attach_lora,
+    base_dtype,
+    choose_weights,
+    encoder_dtype,
+    fuse,
+    fuses_backward,
+    streamed_blocks,
+)
 from flux_ft.train.stream import choose_streamed
 from flux_ft.types import TextCond
 
-H100_RATE = 798e12
-"""FLOP/s of an H100 in a bf16 8192³ matrix product, for times where there is no GPU to measure."""
-CARDS_GB = (8, 12, 16, 24, 32, 48, 80, 141)
-"""Memory of usual cards, in units of 2³⁰ bytes."""
-CARD_SHARE = 0.98
-"""Of a card's memory that is free when nothing runs on it: assumed, by what drivers keep of 24 and 80 GB cards."""
+STORED_BYTES: dict[str, tuple[float, float]] = {
+    "int8": (1, 2), "fp8": (1, 2), "nf4": (1 / 2 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * NF4_SCALES_BLOCK), 0)
+}  # fmt: skip
+"""Of a weight, and of a row's scale in bf16; nf4 has 8-bit scales for blocks of weights, and a scale for each 256."""
+COPY_BYTES = 2
+"""Of a LoRA's factor that is cast once a step."""
 DEPTHS = ("num_layers", "num_single_layers")
 """How diffusers names the numbers of double and single blocks."""
-WORTH_SAYING = 0.03
-"""Share of a step's memory that a change must save to be told of."""
-
 MOVING = ("gradients", "activations", "recompute and workspace")
 """The parts of a step's memory that are gone between steps."""
 LOADING = "weights while loading"
 DeviceType = Literal["cpu", "cuda"]
 ATTENTION_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+IN_PLACE = ("addmm_", "baddbmm_")
+"""Matrix products that torch counts no operations of."""
 
 
 # --- One step without numbers. ---
@@ -142,6 +149,8 @@ def _formula(packet: Any) -> Any:
     name = str(packet).removeprefix("aten.")
     if name.startswith(ATTENTION_ON_CPU):  # torch has formulas for GPUs' alone
         packet = getattr(torch.ops.aten, name.replace("_for_cpu", ""))
+    elif name in IN_PLACE:
+        packet = getattr(torch.ops.aten, name.removesuffix("_"))
     return flop_registry.get(packet)
 
 
@@ -151,7 +160,10 @@ def _cuda_norm(widen: bool, norm: Any, given: Tensor) -> Tensor:
     if widen:
         given, weight = given.float(), None if weight is None else weight.float()
     if isinstance(norm, nn.RMSNorm):
-        result: Tensor = torch.ops.aten._fused_rms_norm(given, norm.normalized_shape, weight, norm.eps)[0]
+        kernel = getattr(torch.ops.aten, "_fused_rms_norm", None)
+        if kernel is None:  # a torch in which CUDA has none either
+            return F.rms_norm(given, norm.normalized_shape, weight, norm.eps)
+        result: Tensor = kernel(given, norm.normalized_shape, weight, norm.eps)[0]
         return result
     return F.layer_norm(given, norm.normalized_shape, weight, norm.bias, norm.eps)
 
@@ -174,15 +186,32 @@ def _mark(live: LiveBytes, kind: str, place: str, block: nn.Module) -> None:
     block.register_forward_hook(after)
 
 
-def outline(family: Family, dtype: torch.dtype, depth: tuple[int, ...] | None = None) -> Any:
+def outline(
+    family: Family, dtype: torch.dtype, depth: tuple[int, ...] | None = None, storage: Storage | None = None
+) -> Any:
     """The family's denoiser on the meta device, frozen, at its own depth or with so many (double, single) blocks.
 
-    Where its configuration is not on this machine, diffusers' defaults are taken, which are FLUX.1-dev's.
+    With a `storage` its blocks' linears are held in 8 bits, with `nf4` as well: what its weights are spread out to for
+    their products is as large. Where its configuration is not on this machine, diffusers' defaults are taken, which are
+    FLUX.1-dev's. Raises ModelError for one that describes no such model.
     """
     settings = _settings(family) | (dict(zip(DEPTHS, depth, strict=True)) if depth else {})
-    with torch.device("meta"):
-        denoiser = FluxTransformer2DModel.from_config(settings)
-    return nn.Module.to(denoiser, dtype).requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            denoiser = FluxTransformer2DModel.from_config(settings)
+    except Exception as error:
+        raise ModelError(
+            f"{family.source}: its `transformer/config.json` describes no FLUX.1 transformer: {first_line(error)}",
+            hint="give a whole model, as `hf download` writes it",
+        ) from error
+    nn.Module.to(denoiser, dtype).requires_grad_(False)
+    for block in family.blocks(denoiser).values() if storage else ():
+        for name, linear in list(block.named_modules()):
+            if isinstance(linear, nn.Linear):
+                grid_OI = torch.empty_like(linear.weight, dtype=GRIDS.get(storage or "", GRIDS["int8"])[0])
+                scale_O = torch.empty(linear.out_features, dtype=torch.bfloat16, device="meta")
+                block.set_submodule(name, StoredLinear(grid_OI, scale_O, linear.bias))
+    return denoiser
 
 
 def _settings(family: Family) -> dict[str, Any]:
@@ -191,7 +220,9 @@ def _settings(family: Family) -> dict[str, Any]:
         return known | dict(shape)
     source = family.source
     where = getattr(family, "parts", source) if source.endswith(".safetensors") else source
-    file = try_to_load_from_cache(where, name) if is_hub_id(where) else Path(where).expanduser() / name
+    folder = Path(where).expanduser()
+    on_hub = is_hub_id(where) and not folder.is_dir()
+    file = try_to_load_from_cache(where, name) if on_hub else folder / name
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return known
     return dict(json.loads(Path(file).read_text(encoding="utf-8"))) | known
@@ -221,9 +252,12 @@ def measure_step(
     # Patterns may choose single blocks, so they are measured at the model's own depth.
     few = not isinstance(patterns, tuple) and min(own_depth) >= 2 and sum(own_depth) > 4
     depth = (2, 2) if few else own_depth
-    denoiser = outline(family, dtype, depth)
+    denoiser = outline(family, dtype, depth, base_storage(config))
+    if config.speed.fp8_compute:
+        compute_in_fp8(denoiser)
     names = set(choose_weights(config, family, denoiser) if full else attach_lora(config, family, denoiser))
     apply_recompute(denoiser.train(), policy)
+    set_attention(denoiser, "native")  # another, by the user's environment, may not take tensors without numbers
     narrow = not full and dtype is torch.bfloat16
     live, fused = LiveBytes(), fuses_backward(config, 1)
     kinds: dict[str, list[nn.Module]] = {}
@@ -238,8 +272,14 @@ def measure_step(
             for name, one in module._parameters.items():
                 if one is not None:
                     module._parameters[name] = nn.Parameter(torch.empty(one.shape, dtype=one.dtype), one.requires_grad)
+            for name, one in module._buffers.items():
+                if one is not None:
+                    module._buffers[name] = torch.empty(one.shape, dtype=one.dtype)
             if device_type == "cuda" and isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 setattr(module, "forward", partial(_cuda_norm, narrow, module))  # noqa: B010 (mypy knows it as a method)
+        fuse(config, denoiser, dtype, policy, streams=streamed_blocks(config) > 0)
+        for hook in denoiser._forward_pre_hooks.values():
+            hook(denoiser, ())  # what a first pass makes, and all keep, counts as weights
         trained = [one for name, one in denoiser.named_parameters() if name in names]
     moving = update_bytes(config, optimizer, trained[0].dtype)
 
@@ -367,15 +407,18 @@ class Estimate:
     device: dict[str, float]
     """Of the device at the highest moment of a training step, by part."""
     previews: float
-    """Of the device at the highest moment of drawing a preview."""
+    """Of the device at the highest moment of drawing a preview that is decoded whole."""
+    previews_in_tiles: float
     encoding: float
-    """Of the device while texts are encoded, before the model comes."""
+    """Of the device while texts are encoded, before the model comes, by encoders that are there as a whole."""
+    encoding_streamed: float
+    """By encoders whose blocks visit it in turn; or while pictures are, if that is more."""
     overhead: float
-    """Of the allocator and the libraries; not measured in training."""
+    """Of the allocator and the libraries at the highest of the moments that cannot be cut; not measured in training."""
     host: dict[str, float]
     disk: dict[str, float]
     flops: float
-    """Of one optimizer step at the largest size, what is computed again included."""
+    """Of one optimizer step at the largest size, on average, what is computed again included."""
     traffic: float
     """A step, over the bus, for streamed blocks."""
 
@@ -386,13 +429,18 @@ class Estimate:
 
     @property
     def needs(self) -> float:
-        """Of the device, in all."""
-        return max(self.training, self.previews, self.encoding) + self.overhead
+        """Of the device, in all. What comes before and between steps is cut to pieces where it would need more."""
+        return max(self.training, self.previews_in_tiles, self.encoding_streamed) + self.overhead
 
     @property
     def host_needs(self) -> float:
-        """Of host memory: weights pass through it before anything else is there."""
-        return max(self.host[LOADING], sum(self.host.values()) - self.host[LOADING])
+        """Of host memory: weights pass through it before anything else is there, one at a time where they may."""
+        return max(self.host[LOADING], self.waiting)
+
+    @property
+    def waiting(self) -> float:
+        """Of host memory, what lies there during training."""
+        return sum(self.host.values()) - self.host[LOADING]
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -402,14 +450,15 @@ class Estimate:
 class Estimator:
     """Estimates for runs of one model on one kind of device; steps are remembered, since runs share them."""
 
-    def __init__(self, family: Family, device_type: DeviceType) -> None:
-        self.family, self.device_type = family, device_type
+    def __init__(self, family: Family, device_type: DeviceType, most_px: int | None = None) -> None:
+        """`most_px` is the area of the largest picture, where that is known."""
+        self.family, self.device_type, self.most_px = family, device_type, most_px
         self.outline = outline(family, torch.float32)
         self.size = sum(one.numel() for one in self.outline.parameters())
         self._steps: dict[Any, Step] = {}
 
     def estimate(self, config: RunConfig, side_px: int | None = None) -> Estimate:
-        """For pictures of side_px², or of the run's largest size. Raises ConfigError."""
+        """For pictures of side_px², or as large as they come in the run. Raises ConfigError."""
         family, device = self.family, torch.device(self.device_type)
         dtype, full = base_dtype(config, device), config.finetune_type == "full"
         trained = self._trained(config, dtype)
@@ -418,46 +467,66 @@ class Estimator:
         optimizer = resolve_optimizer(config.optim.name, count)
         policy = config.memory.recompute
         if policy == "auto":
-            policy = "full" if config.memory.stream_blocks or self.size >= LARGE_PARAMETERS else "none"
-        step = self._step(config, policy, optimizer, side_px or self.sides(config)[0])
-        blocks = [
-            sum(one.numel() for one in block.parameters()) * dtype.itemsize
-            for block in family.blocks(self.outline).values()
-        ]
-        streamed = choose_streamed(len(blocks), min(len(blocks), config.memory.stream_blocks))
+            policy = "full" if streamed_blocks(config) or self.size >= LARGE_PARAMETERS else "none"
+        side_px = side_px or self._largest(config)
+        step = self._step(config, policy, optimizer, side_px)
+        flops, prior = step.flops, config.prior
+        if prior.prompts and prior.weight and prior.every > 1:  # the other steps do not look at its prompts
+            without = self._step(config.model_copy(update={"prior": PriorConfig()}), policy, optimizer, side_px).flops
+            flops = without + (flops - without) / prior.every
+        storage = base_storage(config)
+        blocks = [_held(block, dtype, storage) for block in family.blocks(self.outline).values()]
+        inside = sum(sum(one.numel() for one in block.parameters()) for block in family.blocks(self.outline).values())
+        weights = sum(blocks) + (self.size - inside) * dtype.itemsize
+        streamed = choose_streamed(len(blocks), min(len(blocks), streamed_blocks(config)))
         away = [blocks[index] for index in streamed]
-        weights = self.size * dtype.itemsize
         extra = ROUNDINGS[config.full.rounding].extra_bytes if full and dtype is torch.bfloat16 else 0
+        copies = COPY_BYTES if not full and config.speed.fused_lora and dtype is torch.bfloat16 else 0
         held = {
             "weights as stored": weights - sum(away) + max(away, default=0) * min(2, len(away)),
-            "trained copies": 0.0 if full else float(stored),
+            "trained copies": 0.0 if full else float(stored + copies * count),
             "optimizer state": count * OPTIMIZERS[optimizer].state_bytes,
             "rounding extras": float(count * extra),
         }
         beside = (step.gradients, step.kept, step.total - step.kept - step.gradients)
         moving = dict(zip(MOVING, beside, strict=True))
         sizes = fit.model_sizes(family)
-        previews = sum(held.values()) + self._drawing(config, sizes, dtype) if config.preview.every else 0.0
-        encoding = sizes.encoders * encoder_dtype(device).itemsize * fit.ENCODER_WORK
-        highest = max(sum((held | moving).values()), previews, encoding)
+        whole, tiles = (
+            sum(held.values()) + self._drawing(config, sizes, dtype, most) if config.preview.every else 0.0
+            for most in (math.inf, fit.TILE_PX**2)
+        )
+        encoders = encoder_dtype(device)
+        pictures = (sizes.vae + side_px**2 * sizes.vae_channels * fit.DECODING) * encoders.itemsize
+        texts, in_turn = (max(text_bytes(sizes, encoders, in_turn=in_turn), pictures) for in_turn in (False, True))
+        least = max(sum((held | moving).values()), tiles, in_turn)
         average = config.optim.ema_decay
+        # What is streamed as it is in its files stays pages of them; else all is made anew in host memory.
+        made = bool(away) and (storage is not None or dtype is not torch.bfloat16)
         state = cast(Any, SimpleNamespace(trained=trained, average=average, optimizer=optimizer, bare=self.outline))
         saved = checkpoint_bytes(state, config) if config.checkpoint.every else 0.0
         return Estimate(
-            recompute=policy, optimizer=optimizer, streamed=len(streamed), device=held | moving, previews=previews,
-            encoding=encoding,
-            overhead=highest * (fit.FRAGMENTATION - 1) + fit.WORKSPACE_BYTES if self.device_type == "cuda" else 0.0,
-            host={LOADING: weights, "streamed blocks": float(sum(away)),
+            recompute=policy, optimizer=optimizer, streamed=len(streamed), device=held | moving, previews=whole,
+            previews_in_tiles=tiles, encoding=texts, encoding_streamed=in_turn,
+            overhead=self.reserved(least) - least,
+            host={LOADING: weights if made else 4.0 * sizes.largest_matrix, "streamed blocks": float(sum(away)),
                   "average": 0.0 if average is None else 4.0 * count, "copy that is saved": saved},
             disk={"checkpoints": saved * (config.checkpoint.keep + 1), "exported files": export_bytes(state, config),
                   "spare": float(SPARE_BYTES)},
-            flops=step.flops, traffic=float(sum(away) * (3 if full else 2)),
+            flops=flops, traffic=float(sum(away) * (3 if full else 2)),
         )  # fmt: skip
+
+    def reserved(self, live: float) -> float:
+        """With what the allocator and the libraries take beside what is live."""
+        return live * fit.FRAGMENTATION + fit.WORKSPACE_BYTES if self.device_type == "cuda" else live
 
     def sides(self, config: RunConfig) -> list[int]:
         """The run's training sizes as sides of squares in pixels, largest first."""
         grid, areas = self.family.variant.pixel_multiple, training_areas(config, self.family.variant)
         return [max(1, math.isqrt(area) // grid) * grid for area in areas]
+
+    def _largest(self, config: RunConfig) -> int:
+        grid, side = self.family.variant.pixel_multiple, self.sides(config)[0]
+        return side if self.most_px is None else min(side, math.ceil(math.sqrt(self.most_px) / grid) * grid)
 
     def flops(self, config: RunConfig) -> float:
         """Of an optimizer step, the mean over the run's training sizes."""
@@ -468,7 +537,9 @@ class Estimator:
         key = (
             policy, optimizer, side_px, config.finetune_type, config.lora_rank, config.lora, config.full.train,
             config.full.rounding, config.optim.batch_size, config.optim.accumulate, config.optim.spike_factor,
-            config.memory.base_precision, config.memory.fused_backward, config.prior,
+            base_storage(config), base_dtype(config, torch.device(self.device_type)), config.speed.fp8_compute,
+            config.speed.fused_lora, config.speed.fused_attention, config.memory.fused_backward, config.prior,
+            streamed_blocks(config) > 0,
         )  # fmt: skip
         if key not in self._steps:
             settings = self.outline.config
@@ -487,270 +558,27 @@ class Estimator:
         count = config.lora_rank * sum(sum(self.outline.get_submodule(path).weight.shape) for path in targets)
         return {"factors": torch.empty(count, device="meta")}
 
-    def _drawing(self, config: RunConfig, sizes: fit.ModelSizes, dtype: torch.dtype) -> float:
-        """Of a preview beside what is there anyway, by the figures that `generate` goes by."""
+    def _drawing(self, config: RunConfig, sizes: fit.ModelSizes, dtype: torch.dtype, most_px: float) -> float:
+        """Of a preview beside what is there anyway, by the figures that `generate` goes by.
+
+        No more than `most_px` pixels are decoded at once.
+        """
         variant, preview = self.family.variant, config.preview
         pixels = (preview.width or variant.sample_size_px) * (preview.height or variant.sample_size_px)
         wide = config.finetune_type == "lora" and dtype is torch.bfloat16
         values = sizes.width * (pixels / sizes.token_px**2 + sizes.text_tokens)
         values *= fit.LORA_ACTIVATIONS if wide else fit.ACTIVATIONS
-        return (sizes.vae + max(values, pixels * sizes.vae_channels * fit.DECODING)) * dtype.itemsize
+        return (sizes.vae + max(values, min(pixels, most_px) * sizes.vae_channels * fit.DECODING)) * dtype.itemsize
 
 
-# --- What else could be done, and what it costs. ---
+def _held(module: nn.Module, dtype: torch.dtype, storage: Storage | None) -> float:
+    """Bytes of a block's weights as they lie in memory."""
+    everything = sum(one.numel() for one in module.parameters()) * dtype.itemsize
+    a_weight, a_row = STORED_BYTES.get(storage or "", (dtype.itemsize, 0))
+    linears = [one.weight.shape for one in module.modules() if isinstance(one, nn.Linear)]
+    return everything + sum(rows * (columns * (a_weight - dtype.itemsize) + a_row) for rows, columns in linears)
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """The same run with other settings."""
-
-    settings: dict[str, Any]
-    """By dotted name, as on the command line."""
-    estimate: Estimate
-    flops: float
-    """A picture, as a share of the run's own."""
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={_as_word(value)}" for name, value in self.settings.items())
-
-    def costs(self) -> str:
-        """In operations and over the bus, in words."""
-        change = f"{self.flops - 1:+.0%} operations a picture" if abs(self.flops - 1) > 0.005 else ""
-        bus = f"{_gb(self.estimate.traffic).strip()} a step over the bus" if self.estimate.traffic else ""
-        return "; ".join(one for one in (change, bus) if one)
-
-
-def _as_word(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
-
-
-def alternatives(estimator: Estimator, config: RunConfig) -> Iterator[Alternative]:
-    """Other recompute policies, batches, optimizers, streamed blocks and sizes; what a result feels least comes first.
-
-    Those that contradict the run's other settings are left out.
-    """
-    now = estimator.estimate(config)
-    for settings in _options(estimator, config, now):
-        other = changed(config, settings)
-        if other is not None:
-            sizes_change = "data.resolutions" in settings
-            before, after = (
-                estimator.flops(run) if sizes_change else estimator.estimate(run).flops for run in (config, other)
-            )
-            share = after * _pictures(config) / (before * _pictures(other))
-            yield Alternative(settings, estimator.estimate(other), share)
-
-
-def _pictures(config: RunConfig) -> int:
-    return config.optim.batch_size * config.optim.accumulate
-
-
-def _options(estimator: Estimator, config: RunConfig, now: Estimate) -> Iterator[dict[str, Any]]:
-    batch, sides = config.optim.batch_size, estimator.sides(config)
-    if batch > 1:
-        yield {"optim.batch_size": 1, "optim.accumulate": batch * config.optim.accumulate}
-    yield from ({"memory.recompute": one} for one in ("none", "selective", "full") if one != now.recompute)
-    if config.finetune_type == "full":
-        yield from ({"optim.name": one} for one in ("adamw", "adamw8bit", "adafactor") if one != now.optimizer)
-    total = len(estimator.family.blocks(estimator.outline))
-    for count in (total // 2, total):
-        if count != now.streamed:
-            yield {"memory.stream_blocks": count, "memory.recompute": "full"}
-    yield from ({"optim.batch_size": one} for one in (2, 4) if one != batch)
-    smaller = [side for side in estimator.family.variant.training_sides_px if side < sides[0]]
-    if smaller:
-        yield {"data.resolutions": smaller}
-
-
-def changed(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig | None:
-    """The run with other settings, by dotted name; None where they contradict others."""
-    tree = config.model_dump()
-    for name, value in settings.items():
-        *sections, key = name.split(".")
-        place = tree
-        for section in sections:
-            place = place[section]
-        place[key] = value
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError:
-        return None
-
-
-def savings(estimator: Estimator, config: RunConfig, most: int = 3) -> str:
-    """The first changes that save a step memory worth the while, each with what it saves and costs, in a sentence."""
-    now = estimator.estimate(config).training
-    saved = ((one, now - one.estimate.training) for one in alternatives(estimator, config))
-    worth = ((one, size) for one, size in saved if size > WORTH_SAYING * now)
-    told = (f"`{one}` saves {_gb(size).strip()}" + (f" ({one.costs()})" if one.costs() else "") for one, size in worth)
-    return "; ".join(islice(told, most))
-
-
-def out_of_memory(error: BaseException, config: RunConfig, family: Family) -> FluxFTError:
-    """What to tell of a GPU whose memory a run has filled: what to change, and what that saves by the estimate."""
-    estimator = Estimator(family, "cuda")
-    told = savings(estimator, config)
-    return FluxFTError(
-        f"the GPU's memory is full: {str(error).split('. ')[0]}; "
-        f"by the estimate this run needs {_gb(estimator.estimate(config).needs).strip()}",
-        hint=(f"{told}; or " if told else "") + "end other programs that use the GPU",
-    )
-
-
-# --- The plan. ---
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `flux-ft plan` tells."""
-
-    config: RunConfig
-    model: str
-    weights: int
-    device: str
-    """Its name; empty where there is no such device here."""
-    free: float | None
-    """Bytes of it; None where it cannot be asked."""
-    free_disk: float
-    sides_px: list[int]
-    estimate: Estimate
-    others: list[Alternative]
-    flops: float
-    """Of an optimizer step, the mean over all sizes."""
-    rate: float
-    """FLOP/s of a large matrix product."""
-    rate_is_measured: bool
-
-    @property
-    def least_seconds(self) -> float:
-        """Of all steps, if nothing but matrix products and attention took time, at the rate of the fastest."""
-        return self.flops * self.config.iterations / self.rate
-
-    @property
-    def card_gb(self) -> int | None:
-        """The smallest usual card that this fits; None if there is none."""
-        return next((one for one in CARDS_GB if self.estimate.needs <= one * 2**30 * CARD_SHARE), None)
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether what is free is enough; None where that is not known."""
-        return None if self.free is None else self.estimate.needs <= self.free
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        own = {one.name: getattr(self, one.name) for one in fields(self)[1:]}  # all but the run file
-        others = [{"settings": one.settings, "needs": one.estimate.needs, "flops": one.flops} for one in self.others]
-        facts = {"fits": self.fits, "card_gb": self.card_gb, "least_seconds": self.least_seconds}
-        return own | facts | {"estimate": self.estimate.as_json(), "others": others}
-
-    def for_people(self) -> str:
-        """For people."""
-        config, now = self.config, self.estimate
-        auto = {name: " (auto)" if value == "auto" else "" for name, value in
-                (("recompute", config.memory.recompute), ("optimizer", config.optim.name))}  # fmt: skip
-        what = f"LoRA rank {config.lora_rank}" if config.finetune_type == "lora" else "full fine-tune"
-        kind = "GPU" if now.overhead else "memory"
-        sizes = ", ".join(f"{side}²" for side in self.sides_px)
-        lines = [
-            f"run       {self.model}, {self.weights:,} weights; {what}; sizes {sizes} pixels, "
-            f"batch {config.optim.batch_size}",
-            f"chosen    recompute {now.recompute}{auto['recompute']}, {now.optimizer}{auto['optimizer']}, "
-            f"{now.streamed} blocks streamed",
-            f"{kind:<9} at {self.sides_px[0]}², at the highest moment of a step:",
-            *(f"          {_gb(size)}  {part}" for part, size in now.device.items() if size),
-            f"          {_gb(now.training)}  in all",
-            *([f"          {_gb(now.previews)}  while a preview is drawn"] if now.previews else []),
-            f"          {_gb(now.encoding)}  while captions are encoded, before the model comes",
-            *([f"          {_gb(now.overhead)}  for allocator and libraries: assumed, not measured"]
-              if now.overhead else []),
-            f"          {_gb(now.needs)}  needed: the highest of these" + (" and that" if now.overhead else ""),
-            *_listed("host", now.host),
-            *_listed("disk", now.disk, f"; {_gb(self.free_disk).strip()} are free" + (
-                "" if sum(now.disk.values()) <= self.free_disk else ": too little")),
-            f"time      {_flops(self.flops)} a step{' on average' if len(self.sides_px) > 1 else ''}: "
-            f"{config.iterations:,} steps take at least {_duration(self.least_seconds)} at {_flops(self.rate)}/s, "
-            + ("what a matrix product reached here just now" if self.rate_is_measured else
-               "an H100's in a matrix product"),
-            "          (no step reaches that; loading, encoding and previews come on top)",
-            f"{'else':<9} {'needs':>9}  fits  what it costs",
-            *(f"          {_gb(one.estimate.needs)}  {self._mark(one.estimate.needs):<4}  {one}"
-              + (f": {one.costs()}" if one.costs() else "") for one in self.others),
-            self._verdict(),
-        ]  # fmt: skip
-        return "\n".join(lines)
-
-    def _mark(self, needs: float) -> str:
-        return "?" if self.free is None else "yes" if needs <= self.free else "no"
-
-    def _verdict(self) -> str:
-        needs = _gb(self.estimate.needs).strip()
-        if self.free is None:
-            card = f"a card of {self.card_gb} GB" if self.card_gb else "more than any single card has"
-            return f"there is no GPU here: this needs {needs}, so {card}"
-        if self.fits:
-            return f"fits {self.device}: needs {needs} of {_gb(self.free).strip()} that are free"
-        fitting = next((one for one in self.others if one.estimate.needs <= self.free), None)
-        return f"does not fit {self.device}: needs {needs}, {_gb(self.free).strip()} are free; " + (
-            f"`{fitting}` would fit with {_gb(fitting.estimate.needs).strip()}"
-            if fitting
-            else "no change above would fit"
-        )
-
-
-def make_plan(config: RunConfig, family: Family | None = None) -> Plan:
-    """The plan for this machine, or where it has no GPU and the model asks for one, for such a machine.
-
-    Reads no pictures and no weights. Raises InputError.
-    """
-    family = family or open_family(config.model, config.model_parts)
-    if family.variant.image_input != "none":
-        raise ModelError(f"`model: {config.model}` takes pictures besides text, and such models are not trained yet")
-    estimator = Estimator(family, "cuda")
-    here = torch.cuda.is_available()
-    if not here and estimator.size < LARGE_PARAMETERS:
-        estimator = Estimator(family, "cpu")
-    device = torch.device(estimator.device_type)
-    is_here = here or device.type == "cpu"
-    folder = config.output_dir.absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return Plan(
-        config=config, model=family.variant.name, weights=estimator.size,
-        device=torch.cuda.get_device_name(device) if here else "this CPU" if is_here else "",
-        free=fit.machine_of(device).free_bytes if is_here else None,
-        free_disk=shutil.disk_usage(existing).free, sides_px=estimator.sides(config),
-        estimate=estimator.estimate(config), others=list(alternatives(estimator, config)),
-        flops=estimator.flops(config),
-        rate=matmul_rate(device) if is_here else H100_RATE, rate_is_measured=is_here,
-    )  # fmt: skip
-
-
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product: the best of five, in bf16 on a GPU and float32 on a CPU."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    one, best = torch.randn(side, side, device=device, dtype=dtype), math.inf
-    for _ in range(5):
-        began = time.perf_counter()
-        _ = one @ one
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:6.2f} GB" if size >= 5e7 else f"{size / 1e6:6.2f} MB"
-
-
-def _flops(count: float) -> str:
-    return f"{count / 1e12:.1f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds >= 60 else (
-        f"{seconds:.1f} s"
-    )  # fmt: skip
-
-
-def _listed(name: str, parts: Mapping[str, float], after: str = "") -> list[str]:
-    told = ", ".join(f"{_gb(size).strip()} {part}" for part, size in parts.items() if size)
-    return [f"{name:<9} {told}{after}"]
+def gb(size: float) -> str:
+    """A size for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 5e7 else f"{size / 1e6:.2f} MB"

@@ -27,6 +27,7 @@ from flux_ft.data.loader import BatchPlan, collate, draw_text, made_ahead, on_de
 from flux_ft.data.share import ALONE, Share
 from flux_ft.errors import NonFiniteError, NumbersError, some_of
 from flux_ft.families.base import Family
+from flux_ft.families.quantize import compute_dtype
 from flux_ft.train.optim import rate_factor
 from flux_ft.train.setup import TrainData, TrainState, share_of
 from flux_ft.types import Batch, CachedExample, TextCond
@@ -61,7 +62,7 @@ class StepResult:
     learning_rate: float
     sigma: float
     prior_loss: float | None
-    """How far the model has moved on the prior prompts; None without any."""
+    """How far the model has moved on the prior prompts; None without any, and between the steps that look."""
     seconds: float
     examples: int
     left_out: bool = False
@@ -178,9 +179,9 @@ def training_step(
         with accelerator.accumulate(state.denoiser):
             loss_B, sigma_B = batch_loss(state, family, config, batch)
             total = loss_B.mean()
-            if prior:
+            if prior and due(state.step, config.prior.every):
                 drift = prior_drift(state, family, config, prior, batch.slots).mean()
-                total = total + config.prior.weight * drift
+                total = total + config.prior.every * config.prior.weight * drift
                 drifts.append(drift.detach())
             losses.append(loss_B.detach())
             sigmas.append(sigma_B)
@@ -287,7 +288,8 @@ def prior_drift(
     """How far the velocity has moved from the base model's on prior prompts (B,): mean squared difference.
 
     Prior preservation as in DreamBooth (Ruiz et al. 2023, arXiv 2208.12242), with the base model's prediction as the
-    target in place of the noise, which asks for no change at all rather than for another fit.
+    target in place of the noise, which asks for no change at all rather than for another fit. With `prior.every` it is
+    asked for in some steps only, and weighs as much more (lazy regularisation, Karras et al. 2020, arXiv 1912.04958).
     """
     batch, noise_BCHW, sigma_B = prior_batch(state, family, config, prior, state.step, slots)
     if state.kept_velocity:
@@ -324,8 +326,9 @@ def keep_base_velocity(
     if not prior or config.finetune_type != "full":
         return
     accelerator = state.accelerator
-    with log.progress("ask the base", config.iterations - first_step) as bar:
-        for step in range(first_step, config.iterations):
+    steps = [step for step in range(first_step, config.iterations) if due(step, config.prior.every)]
+    with log.progress("ask the base", len(steps)) as bar:
+        for step in steps:
             for slots in own_slots(config, accelerator.num_processes, accelerator.process_index):
                 batch, noise_BCHW, sigma_B = prior_batch(state, family, config, prior, step, slots)
                 state.kept_velocity[step, slots] = predict(state, family, batch, noise_BCHW, sigma_B).cpu()
@@ -358,7 +361,7 @@ def flow_loss(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tenso
 
 def predict(state: TrainState, family: Family, batch: Batch, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
     """The denoiser's velocity for a batch noised to `sigma_B`, at the guidance of training."""
-    dtype, device = next(state.bare.parameters()).dtype, noise_BCHW.device
+    dtype, device = compute_dtype(state.bare), noise_BCHW.device
     x0_BCHW = batch.mean_BCHW.to(device, torch.float32)
     z_BCHW = flow.interpolate(x0_BCHW, noise_BCHW, sigma_B).to(dtype)
     text = TextCond(batch.text.embeds_BLD.to(device, dtype), batch.text.pooled_BP.to(device, dtype))

@@ -27,17 +27,19 @@ from flux_ft.data.folder import hidden_reason
 from flux_ft.data.report import write_report
 from flux_ft.errors import ConfigError, StoppedByUser, StorageError
 from flux_ft.families.base import Family
+from flux_ft.families.quantize import tile_vae
 from flux_ft.families.registry import open_family
 from flux_ft.files import require_writable, write_whole
 from flux_ft.infer.grid import data_url, save_png
 from flux_ft.infer.runner import release_memory
 from flux_ft.plan import Checked, check_run
 from flux_ft.runfile import dump_run
-from flux_ft.train import checkpoint, determinism
+from flux_ft.train import checkpoint, determinism, fitting
+from flux_ft.train.attention import FACT as ATTENTION
 from flux_ft.train.captions import with_captions
 from flux_ft.train.card import ExtractionFacts, model_card, plot_losses
-from flux_ft.train.estimate import out_of_memory
 from flux_ft.train.fingerprint import BASE, ENCODED, accept_drift, layout, run_fingerprint
+from flux_ft.train.fitting import Fitted, fit_run, out_of_memory
 from flux_ft.train.full import extract_lora, prove_extraction, use_average
 from flux_ft.train.loop import Acts, StepResult, Wish, due, keep_base_velocity, train_steps, validation_loss
 from flux_ft.train.preview import has_previews, preview_grid, write_previews
@@ -48,6 +50,7 @@ from flux_ft.train.setup import (
     TrainData,
     TrainState,
     draw_prior,
+    largest_tokens,
     make_accelerator,
     prepare_data,
     prepare_model,
@@ -124,14 +127,18 @@ def train(
     )  # in every process: one that waited for a refused one would die of it
     mode = determinism.resolve(config.determinism, accelerator.device.type)
     with determinism.applied(mode, accelerator.device), only_run(config.output_dir, accelerator.is_main_process):
+        family = open_family(config.model, config.model_parts)
+        fitted = fit_run(config, family, accelerator, max(one.width_px * one.height_px for one in checked.buckets))
         try:
-            return _train(config, checked, accelerator, limit, mode, resume, allow_drift, command)
+            return _train(config, fitted, family, checked, accelerator, limit, mode, resume, allow_drift, command)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, config, open_family(config.model, config.model_parts)) from None
+            raise out_of_memory(error, fitted.config, family) from None
 
 
 def _train(
     config: RunConfig,
+    fitted: Fitted,
+    family: Family,
     checked: Checked,
     accelerator: Accelerator,
     limit: TimeLimit,
@@ -142,13 +149,13 @@ def _train(
 ) -> TrainResult:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     folder = config.output_dir
-    family = open_family(config.model, config.model_parts)
     if not resume:  # a run goes on with the captions that it began with
         with accelerator.main_process_first():
             checked = with_captions(config, checked, describes=accelerator.is_main_process)
     accelerator.wait_for_everyone()
     report, world = checked.report, accelerator.num_processes
     around = determinism.circumstances(accelerator.device, world, mode) | layout(config)
+    around |= fitting.circumstances(fitted.config)
     about = checkpoint.About(0, run_fingerprint(config, report, world), around)
     found: checkpoint.Saved | None = None
     if resume:
@@ -162,9 +169,12 @@ def _train(
         tell_run(config, report)
     data = prepare_data(config, report, family, accelerator, folder / "cache")
     release_memory()
-    state = prepare_model(config, family, accelerator)
+    began_with = None if found is None else found.about.circumstances.get(ATTENTION)
+    tokens = largest_tokens(family, data.examples)
+    state = prepare_model(fitted.config, family, accelerator, tokens=tokens, attention=began_with)
     about = decided_by_main(
-        accelerator, lambda: accept(about, late={BASE: state.base_digest, ENCODED: data.examples.digest()})
+        accelerator,
+        lambda: accept(about, late={BASE: state.base_digest, ENCODED: data.examples.digest()}, chosen=state.kernels),
     )
     if found is not None and accelerator.is_main_process:  # now that nothing can refuse it any more
         tell_run(config, report)
@@ -174,6 +184,8 @@ def _train(
     if found is not None:
         restore(state, found)
     preview_vae = family.load_vae(torch.device("cpu"), next(state.bare.parameters()).dtype) if data.preview else None
+    if preview_vae is not None and fitted.previews_in_tiles:
+        tile_vae(preview_vae)
     if config.logging.trackers:
         accelerator.init_trackers("flux_ft", init_kwargs={"wandb": {"name": config.slug, "dir": str(folder)}})
     saver = Saver(Keeper(state, config, about).job, saved_step=None if found is None else about.step)

@@ -24,17 +24,26 @@ from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 
 from flux_ft import flow, log
-from flux_ft.adapters import lora
+from flux_ft.adapters import adapted, lora
 from flux_ft.config import RunConfig
 from flux_ft.data.cache import Examples, cache_latents, cache_texts, load_examples, load_text
 from flux_ft.data.captions import tag_orders
 from flux_ft.data.loader import split_holdout
 from flux_ft.data.share import Share
 from flux_ft.errors import ConfigError
+from flux_ft.families import blocks
 from flux_ft.families.base import Family
+from flux_ft.families.products import held_tensors
+from flux_ft.families.quantize import PLAIN
+from flux_ft.families.reading import Carrier
 from flux_ft.infer.runner import release_memory
 from flux_ft.infer.sampler import sample_latents
+from flux_ft.train import determinism
+from flux_ft.train.attention import prepare_attention
+from flux_ft.train.compiled import UPDATE_FACT, prepare_compile, prepare_update
 from flux_ft.train.digest import weights_digest
+from flux_ft.train.encoders import load_encoders
+from flux_ft.train.held import base_storage, keep_from_copying, load_base, require_base
 from flux_ft.train.launch import cpu_is_forced
 from flux_ft.train.optim import LARGE_PARAMETERS, OPTIMIZERS, Average, Updates, resolve_optimizer
 from flux_ft.train.preview import PreviewPlan
@@ -42,6 +51,9 @@ from flux_ft.train.recompute import apply_recompute
 from flux_ft.train.sharded import load_once, shard, shard_on_cpu, shard_options, shards_wanted
 from flux_ft.train.stream import BlockStream, choose_streamed
 from flux_ft.types import CachedExample, DatasetReport, TextCond
+
+PRIOR_TOKENS = 4096
+"""So many tokens of prior pictures are drawn at once, as many as one picture of 1 MP has."""
 
 
 @dataclass
@@ -68,6 +80,8 @@ class TrainState:
     """Steps in a row that were left out just now."""
     base_digest: str = ""
     """Of the base's weights, in the main process."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """What was chosen on this machine and moves last bits: the attention kernel, and what is compiled."""
     step: int = 0
     shards: int = 1
     """Over how many processes each weight is cut; then parameters are DTensors, and all of them are read together."""
@@ -111,21 +125,28 @@ def prior_prompts(config: RunConfig) -> tuple[str, ...]:
 def draw_prior(config: RunConfig, family: Family, data: TrainData, state: TrainState) -> tuple[CachedExample, ...]:
     """The base model's own pictures of the prior prompts, one each, as latents of the commonest training size.
 
-    The LoRA must not have moved yet. Drawn anew at every start: the same noise gives the same pictures.
+    The LoRA must not have moved yet. Drawn anew at every start: the same noise gives the same pictures. Small ones are
+    drawn several at once, always the same together, since that moves their last bits.
     """
     if not data.prior:
         return ()
     bucket = Counter(row.bucket for row in data.examples.rows).most_common(1)[0][0]
     shape = family.latent_shape(bucket.width_px, bucket.height_px)
     variant, examples = family.variant, []
+    count = max(1, PRIOR_TOKENS // (shape[1] * shape[2] // 4 + data.prior[0][1].embeds_BLD.shape[1]))
     with log.progress("draw prior", len(data.prior)) as bar:
-        for prompt, text in data.prior:
-            noise = flow.draw_noise((1, *shape), flow.keyed_generator(config.seed, "prior picture", prompt))
-            latents = sample_latents(
-                family, state.bare, noise, text, variant.default_steps, variant.default_guidance
-            ).cpu()
-            examples.append(CachedExample(f"prior: {prompt}", bucket, latents[0], None, (text,)))
-            bar.advance()
+        for start in range(0, len(data.prior), count):
+            part = data.prior[start : start + count]
+            keys = [flow.keyed_generator(config.seed, "prior picture", prompt) for prompt, _ in part]
+            noise = torch.cat([flow.draw_noise((1, *shape), key) for key in keys])
+            texts = [text for _, text in part]
+            both = TextCond(
+                torch.cat([text.embeds_BLD for text in texts]), torch.cat([text.pooled_BP for text in texts])
+            )
+            drawn = sample_latents(family, state.bare, noise, both, variant.default_steps, variant.default_guidance)
+            for (prompt, text), latents in zip(part, drawn.cpu(), strict=True):
+                examples.append(CachedExample(f"prior: {prompt}", bucket, latents, None, (text,)))
+                bar.advance()
     return tuple(examples)
 
 
@@ -175,9 +196,15 @@ def prepare_data(
     )
 
 
-def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -> TrainState:
-    """Load the denoiser, choose or attach what is trained, hand it to accelerate. Raises ModelError or ConfigError."""
-    streams = config.memory.stream_blocks > 0
+def prepare_model(
+    config: RunConfig, family: Family, accelerator: Accelerator, tokens: int | None = None, attention: str | None = None
+) -> TrainState:
+    """Load the denoiser, choose or attach what is trained, hand it to accelerate. Raises ModelError or ConfigError.
+
+    `tokens` are those of the largest size, on which attention is tried; None leaves it as it is. `attention` is the
+    kernel that a resumed run began with.
+    """
+    streams = streamed_blocks(config) > 0
     if streams and accelerator.num_processes > 1:
         raise ConfigError(
             f"`memory.stream_blocks` works in one process, and this run has {accelerator.num_processes}",
@@ -188,22 +215,33 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
     if shards > 1:
         denoiser = load_once(family, accelerator, dtype)
     else:
-        denoiser = family.load_denoiser(torch.device("cpu") if streams else device, dtype)
-    base_digest = weights_digest(denoiser.named_parameters()) if accelerator.is_main_process else ""
+        denoiser = load_base(config, family, torch.device("cpu") if streams else device, device, dtype)
+    base_digest = weights_digest(held_tensors(denoiser).items()) if accelerator.is_main_process else ""
     full = config.finetune_type == "full"
     trained = choose_weights(config, family, denoiser) if full else attach_lora(config, family, denoiser)
-    size = sum(parameter.numel() for parameter in denoiser.parameters())
+    size = count_weights(denoiser)
     count = sum(parameter.numel() for parameter in trained.values())
     name = resolve_optimizer(config.optim.name, count, shards)
     recompute = config.memory.recompute
     if recompute == "auto":
         recompute = "full" if streams or size >= LARGE_PARAMETERS else "none"
+    fuse(config, denoiser, dtype, recompute, streams)
+    release_memory()  # what was laid in one storage leaves its former places in torch's cache
     apply_recompute(denoiser, recompute)
     denoiser.train()
     stream = _stream(config, family, denoiser, device) if streams else None
     if shards > 1:
         shard(denoiser, family.blocks(denoiser).values(), accelerator, dtype)
         trained = {key: parameter for key, parameter in denoiser.named_parameters() if key in trained}
+    mode, kernels = determinism.resolve(config.determinism, device.type), dict[str, str]()
+    if tokens is not None:
+        pictures, setting = config.optim.batch_size, config.speed.attention
+        kernels |= prepare_attention(denoiser, setting, pictures, tokens, device, dtype, mode, attention)
+    kernels |= prepare_compile(
+        denoiser, config, recompute, device, mode, streams=streams, processes=accelerator.num_processes, shards=shards
+    )
+    update = prepare_update(config, name, size, device, mode)
+    kernels |= {UPDATE_FACT: name} if update else {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # what is measured from here on is the training
     fused = fuses_backward(config, accelerator.num_processes)
@@ -215,6 +253,7 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
         max_norm=config.optim.max_grad_norm or math.inf,
         seed=config.seed,
         device=device,
+        update=update,
     )
     average = None
     if config.optim.ema_decay is not None:
@@ -227,21 +266,51 @@ def prepare_model(config: RunConfig, family: Family, accelerator: Accelerator) -
         "each is moved in the backward pass" if fused else "",
         {"selective": "activations are recomputed in part", "full": "activations are recomputed"}.get(recompute, ""),
         f"each of {shards} processes holds a share of every weight" if shards > 1 else "",
+        f"the base is held as {storage}" if (storage := base_storage(config)) else "",
+        "multiplied by in 8 bits" if config.speed.fp8_compute else "",
         f"{stream.streamed} blocks stay in host memory ({stream.host_bytes / 1e9:.1f} GB)" if stream else "",
     ]
     log.say("; ".join(fact for fact in facts if fact))
+    if storage and accelerator.num_processes > 1:
+        keep_from_copying(denoiser)
     prepared = denoiser if shards > 1 else accelerator.prepare(denoiser, device_placement=[not streams])
     return TrainState(
-        accelerator, prepared, denoiser, trained, updates, name, average, stream, shards=shards, base_digest=base_digest
-    )
+        accelerator, prepared, denoiser, trained, updates, name, average, stream, shards=shards,
+        base_digest=base_digest, kernels=kernels,
+    )  # fmt: skip
+
+
+def count_weights(denoiser: nn.Module) -> int:
+    """How many numbers a model has, also where several lie in one byte."""
+    states = (getattr(parameter, "quant_state", None) for parameter in denoiser.parameters())
+    counts = (None if state is None else math.prod(state.shape) for state in states)
+    return sum(count or parameter.numel() for count, parameter in zip(counts, denoiser.parameters(), strict=True))
+
+
+def largest_tokens(family: Family, examples: Examples) -> int:
+    """Tokens of text and picture in the largest training size."""
+    grid = family.variant.pixel_multiple
+    sizes = [(row.bucket.width_px // grid) * (row.bucket.height_px // grid) for row in examples.rows]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    return int(sizes[largest] + examples[largest].texts[0].embeds_BLD.shape[1])
 
 
 def attach_lora(config: RunConfig, family: Family, denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """A LoRA that changes nothing yet, on the linears that the run file names; returns its factors by name."""
     targets = lora.choose_targets(family.lora_targets(denoiser), config.lora.targets)
     alpha = float(config.lora_rank if config.lora.alpha is None else config.lora.alpha)
-    lora.attach_new(denoiser, targets, config.lora_rank, alpha, config.lora.dropout, config.seed)
+    linear = adapted.TrainedLinear if config.speed.fused_lora else None
+    lora.attach_new(denoiser, targets, config.lora_rank, alpha, config.lora.dropout, config.seed, linear)
     return {name: parameter for name, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+def fuse(config: RunConfig, denoiser: nn.Module, dtype: torch.dtype, recompute: str, streams: bool) -> None:
+    """Let blocks, and the linears that a LoRA is trained on, run in fewer operations, as `speed` says."""
+    if config.speed.fused_attention:
+        blocks.fuse(denoiser, adapted.together)
+    if config.finetune_type == "lora" and config.speed.fused_lora:
+        kept = recompute == "selective"
+        adapted.prepare(denoiser, blocks.same_input(denoiser), dtype, join=not streams, in_place=not kept)
 
 
 def choose_weights(config: RunConfig, family: Family, denoiser: nn.Module) -> dict[str, nn.Parameter]:
@@ -264,12 +333,19 @@ def fuses_backward(config: RunConfig, world: int) -> bool:
     return config.optim.accumulate == 1 and config.optim.spike_factor is None and world == 1
 
 
+def streamed_blocks(config: RunConfig) -> int:
+    """How many blocks stay in host memory; "auto" has been made a number where the device is known, else it is none."""
+    count = config.memory.stream_blocks
+    return 0 if count == "auto" else count
+
+
 def _stream(config: RunConfig, family: Family, denoiser: nn.Module, device: torch.device) -> BlockStream:
     blocks = list(family.blocks(denoiser).values())
-    stream = BlockStream(blocks, choose_streamed(len(blocks), min(len(blocks), config.memory.stream_blocks)), device)
+    stream = BlockStream(blocks, choose_streamed(len(blocks), min(len(blocks), streamed_blocks(config))), device)
+    carrier = Carrier(device)
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
         if not stream.holds(tensor):
-            tensor.data = tensor.data.to(device)
+            tensor.data = carrier.carry(tensor.data)
     return stream
 
 
@@ -303,6 +379,7 @@ def make_accelerator(config: RunConfig, folder: Path) -> Accelerator:
     )
     if sharding and on_cpu and accelerator.num_processes == world:
         shard_on_cpu(accelerator, **sharding)
+    require_base(config, accelerator.device, base_dtype(config, accelerator.device))
     return accelerator
 
 
@@ -312,10 +389,9 @@ def share_of(accelerator: Accelerator) -> Share:
 
 
 def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """The frozen base's dtype: as `memory.base_precision` says, or bfloat16 on a GPU and float32 on a CPU."""
-    if config.memory.base_precision == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.memory.base_precision]
+    """What the base computes in: as `memory.base_precision` says, or bfloat16 on a GPU and float32 on a CPU."""
+    natural = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return PLAIN.get(config.memory.base_precision, natural)
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
@@ -354,7 +430,7 @@ def _fill_cache(
 
     @functools.cache
     def open_text_encoder() -> Any:
-        stack = family.load_text(device, dtype)
+        stack = load_encoders(family, device, dtype)
         return lambda texts: family.encode_text(stack, texts)
 
     def open_image_encoder() -> Any:
@@ -378,7 +454,7 @@ def _fill_cache(
 
 
 def _wants_bf16(config: RunConfig) -> bool:
-    if config.memory.base_precision != "auto":
+    if config.memory.base_precision in PLAIN:
         return config.memory.base_precision == "bf16"
     return torch.cuda.is_available() and not cpu_is_forced()
 

@@ -677,6 +677,7 @@ def test_a_fresh_lora_is_the_base(
     tiny_family: Family, start: Callable[..., Run], probe: Callable[[nn.Module], Tensor]
 ) -> None:
     run = start(lora={"alpha": 9.0})
+    run.state.bare.eval()
     assert torch.equal(probe(run.state.bare), probe(tiny_family.load_denoiser(CPU, FP32)))
 
 
@@ -729,6 +730,15 @@ def test_a_prior_without_weight_changes_nothing(start: Callable[..., Run]) -> No
     unweighted = start(iterations=2, prior=PRIOR | {"weight": 0.0}).train()
     assert_same_bits(plain.weights, unweighted.weights)
     assert unweighted.results[0].prior_loss is None
+
+
+def test_a_prior_that_is_seldom_looked_at_weighs_as_much_more(start: Callable[..., Run]) -> None:
+    seldom = start(iterations=3, prior=PRIOR | {"every": 2, "weight": 0.5}).stir().train()
+    assert [one.prior_loss is None for one in seldom.results] == [False, True, False]
+    first, twice = (
+        start(iterations=1, prior=PRIOR | prior).stir().train() for prior in ({"every": 3}, {"weight": 3.0})
+    )
+    assert_same_bits(first.weights, twice.weights)
 
 
 def test_drift_is_nothing_at_first_and_the_distance_to_the_base_later(start: Callable[..., Run]) -> None:

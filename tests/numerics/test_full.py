@@ -409,6 +409,12 @@ def test_the_kept_velocity_is_what_a_fresh_base_predicts(start_full: Start, star
     assert len({float(one.sum()) for one in run.state.kept_velocity.values()}) == 8
 
 
+def test_the_base_is_asked_for_the_steps_that_look_alone(start_full: Start) -> None:
+    run = start_full(prior=PRIOR | {"every": 3}, iterations=7).train()
+    assert {step for step, _ in run.state.kept_velocity} == {0, 3, 6}
+    assert [one.prior_loss is not None for one in run.results] == [True, False, False, True, False, False, True]
+
+
 def test_drift_of_a_full_fine_tune_is_its_distance_from_the_base(start_full: Start, start: Start) -> None:
     run = start_full(prior=PRIOR, learning_rate=1e-3)
     assert prior_drift(run.state, run.family, run.config, run.prior, (0, 1)).tolist() == [0.0, 0.0]

@@ -87,7 +87,9 @@ def test_section_defaults() -> None:
     assert (config.optim.batch_size, config.optim.accumulate, config.optim.max_grad_norm) == (1, 1, 1.0)
     assert (config.schedule.name, config.schedule.warmup_steps) == ("constant", 0)
     assert (config.memory.base_precision, config.memory.recompute) == ("auto", "auto")
-    assert (config.memory.fused_backward, config.memory.stream_blocks) == (None, 0)
+    assert (config.memory.fused_backward, config.memory.stream_blocks) == (None, "auto")
+    assert (config.speed.fused_lora, config.speed.fused_attention, config.speed.fp8_compute) == (True, True, False)
+    assert (config.speed.attention, config.speed.compile) == ("auto", "auto")
     assert (config.preview.every, config.preview.prompts, config.preview.seed) == (100, (), 0)
     assert (config.validation.every, config.validation.fraction) == (50, 0.0)
     assert (config.checkpoint.every, config.checkpoint.keep) == (100, 2)
@@ -595,6 +597,11 @@ def test_all_mistakes_are_told_at_once_in_reading_order() -> None:
             3,
             ("optim.spike_factor", "memory.fused_backward"),
         ),
+        (
+            "data: x\noptim: {spike_factor: 9}\nprior: {prompts: [a], every: 2}\n",
+            3,
+            ("prior.every", "optim.spike_factor"),
+        ),
         ("data:\n  path: x\n  max_pixels: 9000\n  resolutions: [64, 95]\n", 4, ("data.resolutions", "data.max_pixels")),
     ],
 )
@@ -946,7 +953,7 @@ def test_the_schema_takes_data_as_text_or_section_and_refuses_unknown_keys() -> 
 
 
 def test_the_number_of_settings_is_a_decision() -> None:
-    assert len(setting_keys()) == 78, "each setting is something to learn, test and keep: is the new one worth it?"
+    assert len(setting_keys()) == 84, "each setting is something to learn, test and keep: is the new one worth it?"
 
 
 @pytest.mark.parametrize("key", setting_schemas())

@@ -84,7 +84,8 @@ def test_the_command_that_goes_on_under_another_launcher(
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(run, "train", stop)
-    monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace(config=None))
+    asked = SimpleNamespace(model="flux-tiny", model_parts=None)
+    monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace(config=asked))
     with pytest.raises(StoppedByUser) as stopped:
         cli.app(["train", "run.yaml", *words], standalone_mode=False)
     assert str(stopped.value.hint).endswith(ending)
