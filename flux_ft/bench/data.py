@@ -42,7 +42,8 @@ def bench_pictures(
     if repeats < 1:
         raise ValueError("repeats is at least 1")
     size_px = megapixels * 1e6
-    pictures = _synthetic(size_px) if folder is None else [_brought_to(data, size_px) for data in _photographs(folder)]
+    found = None if folder is None else _photographs(folder)
+    pictures = made_up(size_px, SYNTHETIC) if found is None else [_brought_to(data, size_px) for data in found]
     jobs = [(data, _bucket(data)) for data in pictures]
     cores = usable_cpus()
     closeness_db = [_psnr_db(_ours(job), _pillow(job)) for job in jobs]  # warms up both, too
@@ -149,12 +150,12 @@ def _brought_to(data: bytes, size_px: float) -> bytes:
         return _jpeg(image.convert("RGB").resize(size, Image.Resampling.LANCZOS))
 
 
-def _synthetic(size_px: float) -> list[bytes]:
-    """Clouds of noise at every scale, falling off as in photographs: the amplitude is inverse to the frequency."""
+def made_up(size_px: float, count: int) -> list[bytes]:
+    """Pictures as JPEG files: noise at every scale, its amplitude inverse to the frequency, as in photographs."""
     height = max(MULTIPLE, round(math.sqrt(size_px * 3 / 4)))
     width = round(height * 4 / 3)
     made = []
-    for seed in range(SYNTHETIC):
+    for seed in range(count):
         rng = np.random.default_rng(seed)
         picture = np.full((height, width, 3), 128, np.float32)
         cells = 4

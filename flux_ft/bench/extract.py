@@ -116,8 +116,11 @@ def summary_for_people(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def peak_rss_mb() -> int | None:
-    """The most memory that this process has held so far, in 10⁶ bytes; None on Windows."""
+def peak_rss_mb(of_children: bool = False) -> int | None:
+    """The most memory that this process, or any that it has started and that has ended, held so far, in 10⁶ bytes.
+
+    None on Windows.
+    """
     try:
         import resource
     except ImportError:
@@ -125,7 +128,8 @@ def peak_rss_mb() -> int | None:
     import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 1_000_000
+    who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * unit // 1_000_000
 
 
 def _pair(folder: Path, name: str, width: int) -> tuple[Checkpoint, Checkpoint]:

@@ -24,6 +24,7 @@ from flux_ft.quickstart import (
     concept_score,
     concept_trials,
     draw,
+    prior_prompts,
     prior_score,
     prior_trials,
     run_settings,
@@ -80,6 +81,7 @@ def _config(
 ) -> RunConfig:
     settings = run_settings(output, pictures, *trials, ITERATIONS, seed)
     settings |= {"output": str(output / kind), "finetune_type": kind, "lora_rank": RANKS[0]}
+    settings |= {"prior": {"prompts": prior_prompts(seed)}}  # in each step, as the figures in docs/full.md were
     if kind == "full":
         settings |= {"learning_rate": FULL_RATE, "export": {"keep_full": True}}
     return RunConfig.model_validate(settings)

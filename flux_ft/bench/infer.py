@@ -35,6 +35,11 @@ from flux_ft.types import TextCond
 
 PROMPT = "a red circle on a blue background"
 GUIDANCE = 3.5
+FLUX1_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 16, "sample_size": 1024,
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
 STORAGES: tuple[Storage, ...] = ("int8", "fp8", "nf4")
 
 
@@ -45,31 +50,34 @@ class RandomFlux1(Flux1):
     shape: tuple[tuple[str, object], ...] = ()
 
     def load_denoiser(
-        self, device: torch.device, dtype: torch.dtype, storage: Storage | None = None, stream: bool = False
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        storage: Storage | None = None,
+        stream: bool = False,
+        home: torch.device | None = None,
     ) -> nn.Module:
         with torch.device("meta"):
             denoiser = FluxTransformer2DModel(guidance_embeds=True, **dict(self.shape))
-        denoiser = _noise(denoiser, device, dtype)
-        if storage is not None or stream:
-            return quantize.hold(denoiser, self.blocks(denoiser).values(), storage, device, dtype, stream)
+        denoiser = noise(denoiser, home or device, dtype)
+        if storage is not None or stream or home:
+            return quantize.hold(denoiser, self.blocks(denoiser).values(), storage, device, dtype, stream, home)
         return denoiser
 
     def load_vae(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
-            vae = AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=16, sample_size=1024,
-                scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
-            )  # fmt: skip
-        return _noise(vae, device, dtype)
+            vae = AutoencoderKL(**FLUX1_VAE)
+        return noise(vae, device, dtype)
 
 
-def _noise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def noise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same numbers on any device; drawn on a GPU if there is one, since a CPU takes minutes for 12 billion."""
     model = nn.Module.to(model, dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+            drawn = torch.empty(parameter.shape, dtype=dtype, device=generator.device)
+            parameter.data.copy_(drawn.normal_(std=0.02, generator=generator))
         else:
             nn.init.constant_(parameter, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
     return model.eval().requires_grad_(False)

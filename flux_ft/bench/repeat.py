@@ -25,7 +25,7 @@ from flux_ft.errors import first_line
 from flux_ft.families.registry import FLUX1_DEV
 from flux_ft.flow import keyed_generator
 from flux_ft.infer.runner import release_memory
-from flux_ft.train.determinism import Mode, applied, prepare_environment
+from flux_ft.train.determinism import Mode, applied, prepare_environment, same_bits
 from flux_ft.types import TextCond
 
 REPEATS = 30
@@ -198,12 +198,6 @@ class _Run:
         self.tally.differing += bool(odd)
         apart = [float((one.float() - other.float()).abs().max()) for one, other in odd]
         self.tally.largest = max([self.tally.largest, *apart])
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape and dtype hold the same bits: NaN equals itself, 0 is not -0."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
 
 
 def _timed(made: Pass, device: torch.device, clock: Callable[[], float]) -> tuple[float, tuple[Tensor, ...]]:
