@@ -435,4 +435,5 @@ class TestLaunchers:
         assert done.code == 0, done.stderr
         assert done.json["steps"] == STEPS
         assert trained_steps(place / "pair") == list(range(1, STEPS + 1))
-        assert largest_gap(place / "pair" / DIFFUSERS, straight.folder / DIFFUSERS) <= 1e-5
+        # AdamW's first steps blow roundings up; a step is up to 1e-3 long. test_processes.py warms up, and holds 1e-6.
+        assert largest_gap(place / "pair" / DIFFUSERS, straight.folder / DIFFUSERS) <= 3e-5
