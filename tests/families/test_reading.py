@@ -141,7 +141,7 @@ def test_a_model_that_is_trained_leaves_its_file_alone(sources: dict[str, Path])
 
 # --- Memory. ---
 
-SLACK_BYTES = 6e6
+SLACK_BYTES = 10e6
 CHILD = """
 import re, sys, torch
 from pathlib import Path
@@ -183,7 +183,8 @@ def test_no_weight_is_in_memory_twice(tmp_path: Path) -> None:
     count, largest = sum(map(math.prod, shapes.values())), max(map(math.prod, shapes.values()))
     assert count > 40e6  # so that a copy stands out
 
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}  # which may keep it all
+    env |= {"PYTHONPATH": str(Path(__file__).parents[2]), "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", CHILD, str(tmp_path / "bf16"), str(tmp_path / "fp32")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from _compiler import needs_compiler
 from _runs import PRIOR, Run
 from accelerate.state import AcceleratorState
 from diffusers import FluxTransformer2DModel
@@ -325,6 +326,7 @@ def test_what_is_compiled_is_kept_where_the_user_wishes_or_in_our_cache(tmp_path
     assert unwritable == {"FLUX_FT_CACHE": str(tmp_path / "file")}
 
 
+@needs_compiler
 def test_inductor_gives_the_same_within_rounding_with_the_same_draws_and_keeps_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from _compiler import needs_compiler
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -127,6 +128,7 @@ def test_a_compiler_that_cannot_is_told_of(
         prepare_update(config("blocks"), "adafactor", MANY, CPU, "strict")
 
 
+@needs_compiler
 def test_compiled_once_for_all_sizes_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled._lacks_compiler(CPU):
         pytest.skip("no C compiler")

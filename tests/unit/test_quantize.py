@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _compiler import needs_compiler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -192,8 +193,7 @@ def graphs() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
-@pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler cannot link where its own path has a space")
+@needs_compiler
 class TestCompiled:
     @pytest.mark.parametrize("how", [{}, {"storage": "int8"}, {"stream": True}], ids=str)
     def test_equals_eager(self, tiny_family: Family, how: dict[str, Any]) -> None:
