@@ -46,7 +46,7 @@ def plot(found: TrainBench) -> Figure:
     marks: list[Artist] = [Patch(color=colour, label=NAMES.get(side, side)) for side, colour in colours.items()]
     marks += [Patch(**TARGET, label="target, from excellent to must")] if goals else []
     marks.append(Line2D([], [], **LIMIT, label="the model's operations at this machine's own rate"))
-    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=marks, loc="outside lower center", ncols=min(2, columns), frameon=False, fontsize=8)
     figure.suptitle(f"{found.model}, on {found.device}", fontsize=10)
     return figure
 

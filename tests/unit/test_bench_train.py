@@ -148,7 +148,10 @@ def test_table_and_plot_of_a_card(tmp_path: Path) -> None:
     assert found.ok
     assert "2.00 ×" in found.for_people()
     assert "at most 1.0e-02 from the first side's" in found.for_people()
-    plot(found).savefig(tmp_path / "train.png")
+    figure = plot(found)
+    figure.savefig(tmp_path / "train.png")
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.x1  # a lone panel is narrow
     assert (tmp_path / "train.png").stat().st_size > 5000
     found.runs = found.runs[:1]
     assert "first side's" not in found.for_people()  # which it is itself
