@@ -132,11 +132,11 @@ def same_lora(first: Path, second: Path) -> bool:
         return keys == set(b.keys()) and all(torch.equal(a.get_tensor(key), b.get_tensor(key)) for key in keys)
 
 
-def largest_gap(first: Path, second: Path) -> float:
-    """Largest difference of any weight between two LoRA files."""
+def gaps(first: Path, second: Path) -> torch.Tensor:
+    """How far each weight of one LoRA file is from the other's."""
     with safe_open(first, framework="pt") as a, safe_open(second, framework="pt") as b:
         assert set(a.keys()) == set(b.keys())
-        return max(float((a.get_tensor(key) - b.get_tensor(key)).abs().max()) for key in a.keys())  # noqa: SIM118
+        return torch.cat([(a.get_tensor(key) - b.get_tensor(key)).abs().flatten() for key in a.keys()])  # noqa: SIM118
 
 
 def header(path: Path) -> dict[str, str]:
@@ -435,5 +435,7 @@ class TestLaunchers:
         assert done.code == 0, done.stderr
         assert done.json["steps"] == STEPS
         assert trained_steps(place / "pair") == list(range(1, STEPS + 1))
-        # AdamW's first steps blow roundings up; a step is up to 1e-3 long. test_processes.py warms up, and holds 1e-6.
-        assert largest_gap(place / "pair" / DIFFUSERS, straight.folder / DIFFUSERS) <= 3e-5
+        apart = gaps(place / "pair" / DIFFUSERS, straight.folder / DIFFUSERS)
+        # A step is up to 1e-3 long, and AdamW's first ones blow the rounding of very small gradients up.
+        assert float((apart > 1e-6).float().mean()) < 1e-3
+        assert float(apart.max()) <= 3e-5
