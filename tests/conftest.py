@@ -75,14 +75,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate takes the CPU even where there is a GPU; what it remembers between runs is wiped."""
+def another_precision() -> Iterator[None]:
+    """accelerate, which takes one precision a process, remembers none, before the test and after."""
     from accelerate.state import AcceleratorState
 
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch, another_precision: None) -> None:
+    """accelerate takes the CPU even where there is a GPU; what it remembers between runs is wiped."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture

@@ -38,9 +38,7 @@ class TrainedLinear(PeftLinear):  # type: ignore[misc]
     group: Group | None = None
     """This linear alone, once it is prepared."""
     joined: Group | None = None
-    """On the first of several that read the same input: all of them."""
-    joined_in: Group | None = None
-    """On each of them."""
+    """On each of several that read the same input: all of them."""
 
     def forward(self, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if arguments or options or not self.is_plain():
@@ -49,8 +47,8 @@ class TrainedLinear(PeftLinear):  # type: ignore[misc]
 
     def _apply(self, *arguments: Any, **options: Any) -> TrainedLinear:
         super()._apply(*arguments, **options)  # moves or casts parameters, or leaves them as they are
-        if self.joined_in is not None and not self.joined_in.holds(self):
-            self.joined_in.rows = None
+        if self.joined is not None and not self.joined.holds(self):
+            self.joined.rows = None
         return self
 
     def is_plain(self) -> bool:
@@ -264,9 +262,8 @@ def prepare(
         weights = [products.frozen(adapted[path].base_layer) for path in paths if path in adapted]
         if len(weights) == len(paths) and len({weight and weight.kind for weight in weights}) == 1:
             group = Group([adapted.pop(path) for path in paths], in_place)
-            group.linears[0].joined = group
             for linear in group.linears:
-                linear.joined_in = group
+                linear.joined = group
             groups.append(group)
             if join:
                 group.join_rows()
@@ -281,7 +278,7 @@ def together(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """The result of each of these linears for the same input: in one operation if they were prepared for it."""
     first = linears[0]
     group = first.joined if isinstance(first, TrainedLinear) else None
-    if group is not None and len(group.linears) == len(linears):
+    if group is not None and group.linears[0] is first and len(group.linears) == len(linears):
         if all(linear.is_plain() for linear in group.linears):
             return group(x)
         if not torch.is_grad_enabled() and all(linear.disable_adapters for linear in group.linears):

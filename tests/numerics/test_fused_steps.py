@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from _random_flux import SMALL, run_steps
 from _runs import PRIOR, Run
-from accelerate.state import AcceleratorState
 
 from flux_ft.adapters.adapted import TrainedLinear
 from flux_ft.train import setup
@@ -62,14 +61,6 @@ def test_prior_pictures_are_the_same_drawn_together_or_alone(
         torch.testing.assert_close(one.mean_CHW, other.mean_CHW, rtol=1e-4, atol=1e-5)
         assert all(map(torch.equal, vars(one.texts[0]).values(), vars(other.texts[0]).values()))
     assert not torch.allclose(together[0].mean_CHW, together[1].mean_CHW, atol=0.1)
-
-
-@pytest.fixture
-def another_precision() -> Iterator[None]:
-    """accelerate takes one a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("another_precision")

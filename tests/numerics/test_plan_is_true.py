@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from _random_flux import FULL_SIZE, NARROW
-from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +24,8 @@ from flux_ft.train.estimate import MOVING, Estimate, Estimator
 from flux_ft.train.loop import step_batches, training_step
 from flux_ft.train.setup import TrainState, make_accelerator, prepare_model
 from flux_ft.types import Bucket, CachedExample, TextCond
+
+pytestmark = pytest.mark.usefixtures("another_precision")
 
 SIDE_PX = 128
 NF4 = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="nf4 needs bitsandbytes")
@@ -57,14 +57,6 @@ NOT_COUNTED = {  # by torch, which has formulas for GPUs' kernels of attention a
 }
 
 
-@pytest.fixture(autouse=True)
-def another_precision() -> Iterator[None]:
-    """accelerate takes one precision a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class Run:
     """A run on one random example, ready for its second step: the first makes the optimizer's state."""
 
@@ -91,9 +83,8 @@ class Run:
         """Bytes of weights and states between steps."""
         state = self.state
         tensors = [*held_tensors(state.bare).values(), *state.bare.buffers()]
-        groups = [group for one in state.bare.modules() if isinstance(one, TrainedLinear) for group in
-                  (one.group, one.joined) if group]  # fmt: skip
-        tensors += [cast for group in groups for cast in group.casts]
+        groups = {one.group or one.joined for one in state.bare.modules() if isinstance(one, TrainedLinear)}
+        tensors += [cast for group in groups if group for cast in group.casts]
         for name in state.trained:
             kept = (*state.updates.optimizer_state(name).values(), state.updates.extra(name))
             tensors += [one for one in kept if torch.is_tensor(one)]

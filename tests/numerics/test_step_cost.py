@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from _random_flux import SMALL
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -196,14 +195,6 @@ def test_matrix_products_are_those_that_the_shapes_ask_for(
         operations, kilobytes = LIMITS[model, kind][policy]
         assert cost.operations <= operations
         assert cost.peak <= kilobytes * 1000
-
-
-@pytest.fixture
-def another_precision() -> Iterator[None]:
-    """accelerate takes one a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("another_precision")
